@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from sep_cache import far_layout, reach
+from sep_cache import SepCache, far_layout, reach
 from sep_kernel import sep_attention
 
 
@@ -122,6 +122,12 @@ class GPT(nn.Module):
             branch = name.endswith(("out.weight", "down.weight"))
             nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if branch else 0.02)
 
+    def configure(self, **changes):
+        """Change fields of the configuration that shape no weights, such as `attn` and `window`. ValueError as GPTConfig."""
+        self.config = dataclasses.replace(self.config, **changes)
+        for block in self.blocks:
+            block.config = self.config
+
     def forward(self, ids, targets=None, cache=None):
         """ids (B, T) int64; targets (B, T) int64 or None, -1 where no loss is taken; cache: a SepCache, read and extended.
 
@@ -147,3 +153,44 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    @torch.inference_mode()
+    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, cache=None):
+        """Yield `max_new_tokens` times the next token of each sequence, (B,) int64, after the prompts ids (B, T).
+
+        temperature 0 is greedy; top_k: sample among the k most likely tokens, None: among all. cache: a fresh SepCache, by
+        default one is made. On a GPU, once the cache has reached its final shape, the step is a captured CUDA graph.
+        """
+        if cache is None:
+            cache = SepCache(self.config, len(ids), ids.device, self.embed.weight.dtype)
+        for piece in ids.split(self.config.block_size, dim=1):  # long prompts in pieces, to bound memory
+            logits = self(piece, cache=cache)[0]
+        token, graph = pick(logits[:, -1], temperature, top_k), None
+
+        def step():
+            token.copy_(pick(self(token[:, None], cache=cache)[0][:, -1], temperature, top_k))
+
+        for i in range(max_new_tokens):
+            if graph is not None:
+                graph.replay()
+                cache.n_tokens += 1  # the graph replays what happens on the GPU, not this count
+            elif ids.is_cuda and cache.is_static and i > 3:  # a few steps before, to compile what they launch
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()
+                graph.replay()
+            elif i > 0:
+                step()
+            yield token.clone()
+
+
+def pick(logits, temperature, top_k):
+    """Sample token ids (B,) from logits (B, V), without waiting for the GPU."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    # the largest p / e, with e exponential, falls on each token with probability p
+    return (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)

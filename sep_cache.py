@@ -86,9 +86,18 @@ class SepCache:
     def nbytes(self):
         return self.kv.nbytes + self.n_far.nbytes + self.near_kept.nbytes + self.position.nbytes
 
+    def nbytes_of(self, rows):
+        """Bytes of keys and values of so many rows per sequence."""
+        return self.kv[..., :1, :].nbytes * rows if self.kv.shape[4] else 0
+
     @property
     def n_rows(self):
         return self.n_far.float().mean().item() + min(self.n_tokens, self.window - 1)
+
+    @property
+    def is_static(self):
+        """Whether no shape will change any more: the window is full, and the mask is bounded."""
+        return not self.full and self.max_seps is not None and self.n_tokens >= self.window - 1
 
     def _grow(self, rows):
         bigger = self.kv.new_zeros(*self.kv.shape[:4], rows, self.kv.shape[5])
@@ -178,8 +187,8 @@ def main():
     from train import Parser
     parser = Parser(description="Draw the attention map of a text, and the cache after each of its tokens.")
     parser.add_argument("text", help="the text, 1 to 200 bytes")
-    parser.add_config(GPTConfig, ("attn", "window", "sinks", "max_seps", "fixed_every"), window=8, sinks=2)
-    args = vars(parser.parse_args())
+    parser.add_config(GPTConfig, ("attn", "window", "sinks", "max_seps", "fixed_every"), "window 8, sinks 2, else GPTConfig's")
+    args = dict(window=8, sinks=2) | vars(parser.parse_args())
     text = args.pop("text")
     if not 1 <= len(text.encode()) <= 200:
         parser.error(f"the text has {len(text.encode())} bytes; a map can show 1 to 200")

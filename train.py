@@ -53,7 +53,7 @@ class TrainConfig:
 
 
 PRESETS = {  # what `python train.py` alone does, by machine; everything else is the default of its field
-    "cpu": dict(block_size=256, n_layer=4, n_head=4, n_embd=128, window=32, max_seps=16, batch_size=16, max_steps=1500),
+    "cpu": dict(block_size=256, n_layer=4, n_head=4, n_embd=128, window=32, max_seps=16, batch_size=16, max_steps=1000),
     "cuda": dict(block_size=1024, n_layer=6, n_head=6, n_embd=384, window=64, max_seps=64, batch_size=64, max_steps=2000,
                  learning_rate=1e-3, warmup_steps=100, compile=True),
 }
@@ -65,18 +65,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
 
-    def add_config(self, cls, names=None, **defaults):
-        """An option for each field of `cls` (or those in `names`) that has a help text. Only options that were given, or
-        that stand in `defaults`, appear in the result; a default of None means "as in the checkpoint"."""
+    def add_config(self, cls, names=None, default=None):
+        """An option for each field of `cls` (or those in `names`) that has a help text; only those given appear in the
+        result. `default`: words for what the others are, if not the field's default or the machine's preset."""
         kinds = {int | None: int_or_none, bool: true_or_false}
         for field in dataclasses.fields(cls):
             if "help" in field.metadata and (names is None or field.name in names):
-                default = defaults.get(field.name, field.default)
-                presets = [f"{machine}: {preset[field.name]}" for machine, preset in PRESETS.items() if field.name in preset]
-                note = f"default {default}" + (f"; {', '.join(presets)}" if presets and not defaults else "")
+                presets = [f"{machine} preset: {preset[field.name]}" for machine, preset in PRESETS.items() if field.name in preset]
+                note = default or ", ".join(presets) or field.default
                 self.add_argument(f"--{field.name}", type=kinds.get(field.type, field.type), metavar=field.name.upper(),
-                                  default=defaults.get(field.name, argparse.SUPPRESS),
-                                  help=f"{field.metadata['help']} ({note})")
+                                  default=argparse.SUPPRESS, help=f"{field.metadata['help']}\n(default: {note})")
 
     def parse_args(self):
         parsed, rest = self.parse_known_args()
@@ -170,9 +168,8 @@ def save_checkpoint(path, tensors, about):
         partial.unlink(missing_ok=True)
 
 
-def load_checkpoint(path, **changes):
-    """(model on the CPU, optimizer state, about) of a checkpoint, its GPTConfig with `changes`. ValueError in one sentence
-    if there is no good checkpoint, or if a change is not allowed."""
+def load_checkpoint(path):
+    """(model on the CPU, optimizer state, about) of a checkpoint. ValueError in one sentence if there is no good one."""
     path = Path(path)
     require(path.is_file(), f"there is no checkpoint {path}; train one with: python train.py")
     try:
@@ -189,8 +186,6 @@ def load_checkpoint(path, **changes):
     except Exception as error:  # whatever a damaged or foreign file makes the readers say
         raise ValueError(f"{path} is damaged or not a checkpoint of this program "
                          f"({(str(error) or type(error).__name__).splitlines()[0][:120]})") from None
-    vars(model.config).update(changes)  # one object, which the blocks share
-    model.config.__post_init__()
     return model, optimizer, about
 
 
@@ -258,8 +253,7 @@ def configure(parser, given, device):
         if resume or init_from:
             require(model.config.vocab_size == of_data["vocab_size"], f"{path} has a vocabulary of "
                     f"{model.config.vocab_size}, and the data {train.data} one of {of_data['vocab_size']}")
-            vars(model.config).update(shape, **of_data)
-            model.config.__post_init__()
+            model.configure(**shape, **of_data)
         else:
             shape = {**{k: v for k, v in preset.items() if k in vars(GPTConfig())}, **shape}
             torch.manual_seed(train.seed)
