@@ -118,9 +118,11 @@ class GPT(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the output layer
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        for name, p in self.named_parameters():  # GPT-2's: residual branches start small, so that their sum does not grow
+        for name, p in self.named_parameters():  # unit variance into attention and MLP, and little out of them at first
+            inner = name.endswith(("qkv.weight", "up.weight"))
             branch = name.endswith(("out.weight", "down.weight"))
-            nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5 if branch else 0.02)
+            std = p.shape[1] ** -0.5 if inner else 0.02 / (2 * config.n_layer) ** 0.5 if branch else 0.02
+            nn.init.normal_(p, std=std)
 
     def configure(self, **changes):
         """Change fields of the configuration that shape no weights, such as `attn` and `window`. ValueError as GPTConfig."""

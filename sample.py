@@ -80,7 +80,7 @@ def samples(model, cache, prompt, args, is_text):
 
 @torch.inference_mode()
 def score(model, cache, tokens, device, is_text):
-    """Stream a text through the cache in pieces; print its perplexity by position."""
+    """Stream a text through the cache in pieces; print, and return as a dict, its perplexity by position."""
     n, piece = len(tokens) - 1, PIECE[device.type]
     spans = [(f"first {k:,}", 0, k) for k in (10_000, 100_000, 1_000_000, 4_000_000) if k < n]
     spans += [("last 100,000", n - 100_000, n)] * (n > 100_000) + [(f"all {n:,}", 0, n)]
@@ -100,6 +100,7 @@ def score(model, cache, tokens, device, is_text):
         print(f"| {name} | {math.exp(nats):.4f} |" + f" {nats / math.log(2):.4f} |" * is_text)
     print(f"{n / seconds:,.0f} tokens/s; {held(cache)}; peak memory {memory:.3f} GiB in the first piece, "
           f"{peak_memory(device):.3f} GiB in all", file=sys.stderr)
+    return {name: math.exp(nats / (last - first)) for (name, first, last), nats in zip(spans, sums)}
 
 
 def main():
@@ -143,7 +144,8 @@ def main():
                     f"{args.score.stat().st_size} bytes, and the first token is only read")
             tokens = np.memmap(args.score, dtype, mode="r", shape=args.score.stat().st_size // dtype.itemsize)
             require(tokens.max() < model.config.vocab_size, f"{args.score} holds token {tokens.max()}, beyond the vocabulary")
-            return score(model, cache, tokens, device, is_text)
+            score(model, cache, tokens, device, is_text)
+            return
         prompt = args.prompt_file.read_bytes() if args.prompt_file else args.prompt.encode()
         prompt = list(prompt) if is_text else [int(word) for word in prompt.split()]
         require(prompt, "the prompt is empty; leave --prompt out to begin with a line break")

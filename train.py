@@ -46,7 +46,7 @@ class TrainConfig:
     warmup_steps: int = option(50, "steps of rising learning rate; it falls to a tenth afterwards")
     grad_clip: float = option(1.0, "largest norm of the gradient")
     eval_every: int = option(250, "steps between validations, each of which writes the checkpoint")
-    eval_batches: int = option(8, "batches per validation")
+    eval_batches: int = option(16, "batches per validation")
     log_every: int = option(10, "steps between lines in the log")
     compile: bool = option(False, "compile the model with torch.compile")
     seed: int = option(0, "of the initial weights and of the order of the data")

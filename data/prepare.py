@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file run
 from train import Parser  # noqa: E402
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-RECALL = dict(keys=16, values=10, facts=85)  # a ledger: 85 facts of 3 bytes and a line break, 256 bytes
+RECALL = dict(keys=8, values=10, facts=21)  # a ledger: 21 facts of 3 bytes and a line break, 64 bytes
 
 
 def docs(train, val):
@@ -78,7 +78,7 @@ def shakespeare(train, val):
 def recall(train, val, seed):
     """Ledgers with fresh random values for the keys a, b, ...: a fact's value can be known only from its last mention."""
     rng, (keys, values, facts) = np.random.default_rng(seed), RECALL.values()
-    for out, count in ((train, 40_000), (val, 1_000)):
+    for out, count in ((train, 100_000), (val, 2_000)):
         ledger = rng.integers(values, size=(count, keys))  # (ledgers, keys)
         key = rng.integers(keys, size=(count, facts))
         lines = np.full((count, facts, 3), ord("."), dtype=np.uint8)
