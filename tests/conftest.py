@@ -1,0 +1,31 @@
+"""What all tests share: the interpreter for the kernel where there is no GPU, and a fresh seed that a failure prints."""
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def seed():
+    """A fresh seed for this test, set everywhere; SEED=n in the environment repeats the one that a failure has printed."""
+    value = int(os.environ.get("SEED", random.SystemRandom().randrange(2 ** 31)))
+    print(f"SEED={value}")
+    random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def tiny():
+    """A GPTConfig small enough for loops in Python, from changes to it."""
+    from model import GPTConfig
+    return lambda **changes: GPTConfig(**{**dict(block_size=16, vocab_size=12, n_layer=2, n_head=2, n_embd=16, window=5, sinks=2,
+                                                 separators=(1, 2), fixed_every=4), **changes})
