@@ -8,15 +8,20 @@ intervals need no mask; only the tiles at the edges do. Read after `sep_cache.py
 """
 from __future__ import annotations
 
+import functools
 import math
 import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # has to be set before triton is imported
 try:
     import triton
     import triton.language as tl
@@ -72,12 +77,6 @@ def _plan(lo, hi, TILE: tl.constexpr):
 
 
 @jit
-def _tile(i, inner, head, MASK: tl.constexpr):
-    """The place of the i-th inner tile, or with MASK of the i-th edge tile, counted in tiles from the plan's start."""
-    return i - head + tl.where(i < head, 0, inner) if MASK else i
-
-
-@jit
 def _step(acc, m, l, q, do, k, v, visible, scale, MASK: tl.constexpr, BACKWARD: tl.constexpr):
     """One tile of keys for a block of queries. Forward: online softmax, m the maximum and l the sum so far.
     Backward: adds to dq, with m the log-sum-exp and l the delta of each query."""
@@ -102,7 +101,7 @@ def _walk(acc, m, l, q, do, K, V, FAR, lo, hi, scale, D: tl.constexpr, TILE: tl.
     first, last = tl.min(lo, 0), tl.max(hi, 0)
     for MASK in tl.static_range(2):
         for i in range(edges if MASK else inner):
-            entry = start + _tile(i, inner, head, MASK) * TILE + tl.arange(0, TILE)
+            entry = start + (i - head + tl.where(i < head, 0, inner) if MASK else i) * TILE + tl.arange(0, TILE)
             row = tl.minimum(tl.maximum(entry, first), last - 1) if MASK else entry
             if GATHER:
                 row = tl.load(FAR + row)
@@ -128,15 +127,11 @@ def _queries(Q, Q_SINK, K, V, FAR, N_FAR, O, LSE, DO, DELTA, DQ, DQ_SINK, H, Tq,
     n = tl.load(N_FAR + b * Tq + t)  # far entries behind each query
     FAR, K, V = FAR + b * S, K + keys, V + keys
     Q, Q_SINK, O, LSE = Q + rows * D, Q_SINK + rows * D, O + rows * D, LSE + rows
+    acc, q = tl.zeros([BLOCK, D], tl.float32), tl.load(Q + at)
     if BACKWARD:
-        DO, DELTA, DQ = DO + rows * D, DELTA + rows, DQ + rows * D
-    acc = tl.zeros([BLOCK, D], tl.float32)
-    q = tl.load(Q + at)
-    if BACKWARD:
-        do = tl.load(DO + at)
-        m = tl.load(LSE + t)
+        do, m = tl.load(DO + rows * D + at), tl.load(LSE + t)
         l = tl.sum(tl.load(O + at).to(tl.float32) * do.to(tl.float32), 1)
-        tl.store(DELTA + t, l, mask=own)
+        tl.store(DELTA + rows + t, l, mask=own)
     else:
         do = q
         m, l = tl.full([BLOCK], -1e30, tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -151,21 +146,10 @@ def _queries(Q, Q_SINK, K, V, FAR, N_FAR, O, LSE, DO, DELTA, DQ, DQ_SINK, H, Tq,
     row = Tk - Tq + t
     acc, m, l = _walk(acc, m, l, q, do, K, V, FAR, tl.maximum(row - window + 1, 0), row + 1, scale, D, TILE, False, BACKWARD)
     if BACKWARD:
-        tl.store(DQ + at, (acc * (scale * 0.6931471805599453)).to(q.dtype), mask=own[:, None])
+        tl.store(DQ + rows * D + at, (acc * (scale * 0.6931471805599453)).to(q.dtype), mask=own[:, None])
     else:
         tl.store(O + at, (acc / l[:, None]).to(q.dtype), mask=own[:, None])
         tl.store(LSE + t, m + tl.log2(l), mask=own)
-
-
-@jit
-def _key_step(dk, dv, k, v, q, do, lse, delta, visible, scale, MASK: tl.constexpr):
-    """One tile of queries for a block of keys: adds to dk (but for its scale) and dv."""
-    p = tl.exp2(_dot(k, tl.trans(q)) * scale - lse[None, :])  # (BLOCK, TILE)
-    if MASK:
-        p = tl.where(visible, p, 0.0)
-    dv += _dot(p.to(do.dtype), do)
-    ds = p * (_dot(v, tl.trans(do)) - delta[None, :])
-    return dk + _dot(ds.to(q.dtype), q), dv
 
 
 @jit
@@ -178,20 +162,16 @@ def _keys(Q, Q_SINK, K, V, FAR, FIRST, RANK, LSE, DO, DELTA, DK, DV, DK_FAR, DV_
     blocks = tl.cdiv(sinks, BLOCK) + tl.cdiv(S - sinks, BLOCK) if IS_FAR else tl.cdiv(Tk, BLOCK)
     bh, block = tl.program_id(0) // (blocks * SPLIT), tl.program_id(0) % (blocks * SPLIT) // SPLIT
     part, b = tl.program_id(0) % SPLIT, (bh // H).to(tl.int64)
-    rows, keys, list = bh.to(tl.int64) * Tq, bh.to(tl.int64) * Tk, bh.to(tl.int64) * S
+    rows, keys, lists = bh.to(tl.int64) * Tq, bh.to(tl.int64) * Tk, bh.to(tl.int64) * S
     if IS_FAR:
-        own = block * BLOCK + tl.arange(0, BLOCK)  # entries; sinks have blocks of their own, as they have their own queries
-        end = sinks
-        beyond = max_seps + S  # nothing pushes a sink out of sight
-        if block < tl.cdiv(sinks, BLOCK):
+        sink_blocks = tl.cdiv(sinks, BLOCK)  # sinks have blocks of their own, as they meet queries of their own
+        own = block * BLOCK + tl.arange(0, BLOCK) + tl.where(block < sink_blocks, 0, sinks - sink_blocks * BLOCK)
+        later = own + max_seps + tl.where(block < sink_blocks, S, 0)  # nothing pushes a sink out of sight
+        if block < sink_blocks:
             Q = Q_SINK
-        else:
-            own += sinks - tl.cdiv(sinks, BLOCK) * BLOCK
-            end = S
-            beyond = max_seps
-        FIRST += b * S
-        lo = tl.load(FIRST + own, mask=own < end, other=Tq)  # an entry is seen from when it leaves the window ...
-        hi = tl.load(FIRST + own + beyond, mask=own + beyond < S, other=Tq)  # ... until the max_seps-th after it does
+        FIRST += b * S  # an entry is seen from when it leaves the window until the max_seps-th after it does
+        lo = tl.load(FIRST + own, mask=own < tl.where(block < sink_blocks, sinks, S), other=Tq)
+        hi = tl.load(FIRST + later, mask=later < S, other=Tq)
         there = lo < hi
         row = tl.load(FAR + b * S + own, mask=there, other=0)
     else:
@@ -207,21 +187,25 @@ def _keys(Q, Q_SINK, K, V, FAR, FIRST, RANK, LSE, DO, DELTA, DK, DV, DK_FAR, DV_
     start, inner, head, edges = _plan(lo, hi, TILE)
     for MASK in tl.static_range(2):
         for i in range(part, edges if MASK else inner, SPLIT):
-            t = start + _tile(i, inner, head, MASK) * TILE + tl.arange(0, TILE)
-            visible = (t >= lo[:, None]) & (t < hi[:, None])
-            t = tl.minimum(tl.maximum(t, 0), Tq - 1) if MASK else t
-            at_t = t[:, None] * D + d
-            dk, dv = _key_step(dk, dv, k, v, tl.load(Q + at_t), tl.load(DO + at_t), tl.load(LSE + t), tl.load(DELTA + t),
-                               visible, scale, MASK)
+            t = start + (i - head + tl.where(i < head, 0, inner) if MASK else i) * TILE + tl.arange(0, TILE)
+            row_t = tl.minimum(tl.maximum(t, 0), Tq - 1) if MASK else t
+            at_t = row_t[:, None] * D + d
+            q, do = tl.load(Q + at_t), tl.load(DO + at_t)
+            p = tl.exp2(_dot(k, tl.trans(q)) * scale - tl.load(LSE + row_t)[None, :])  # (BLOCK, TILE)
+            if MASK:
+                p = tl.where((t >= lo[:, None]) & (t < hi[:, None]), p, 0.0)
+            dv += _dot(p.to(do.dtype), do)
+            ds = p * (_dot(v, tl.trans(do)) - tl.load(DELTA + row_t)[None, :])
+            dk += _dot(ds.to(q.dtype), q)
     if IS_FAR:
         at = own[:, None] * D + d
-        tl.atomic_add(DK_FAR + list * D + at, dk, mask=there[:, None], sem="relaxed")
-        tl.atomic_add(DV_FAR + list * D + at, dv, mask=there[:, None], sem="relaxed")
+        tl.atomic_add(DK_FAR + lists * D + at, dk, mask=there[:, None], sem="relaxed")
+        tl.atomic_add(DV_FAR + lists * D + at, dv, mask=there[:, None], sem="relaxed")
     else:
         entry = tl.load(RANK + b * Tk + row)
         at_far, is_far = entry[:, None] * D + d, (entry < S)[:, None]
-        dk += tl.load(DK_FAR + list * D + at_far, mask=is_far, other=0.0)
-        dv += tl.load(DV_FAR + list * D + at_far, mask=is_far, other=0.0)
+        dk += tl.load(DK_FAR + lists * D + at_far, mask=is_far, other=0.0)
+        dv += tl.load(DV_FAR + lists * D + at_far, mask=is_far, other=0.0)
         tl.store(DK + keys * D + at, (dk * (scale * 0.6931471805599453)).to(k.dtype), mask=there[:, None])
         tl.store(DV + keys * D + at, dv.to(v.dtype), mask=there[:, None])
 
@@ -232,81 +216,70 @@ def _keys(Q, Q_SINK, K, V, FAR, FIRST, RANK, LSE, DO, DELTA, DK, DV, DK_FAR, DV_
 def _tiles(q):
     """(rows per program, rows per tile, warps, stages) of the queries' and of the keys' programs: what compiles without spills."""
     Tq, D, hopper = q.shape[2], q.shape[3], not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= 9
-    if q.dtype == torch.float32:
-        return (32, 32, 4, 2), (32, 32, 4, 2)
-    if Tq <= 16:
-        return (16, 64, 4, 2), (16, 64, 4, 2)
+    if q.dtype == torch.float32 or Tq <= 16:
+        return ((32, 32, 4, 2),) * 2 if Tq > 16 else ((16, 64, 4, 2),) * 2
     if D < 128:
         return (128, 64, 8, 3), (64 if hopper else 32, 64, 4, 3)
     return ((64, 64, 8, 3), (64, 32, 8, 3)) if hopper else ((64, 64, 8, 2), (32, 64, 8, 2))
 
 
-def _run_queries(q, k, v, far, n_far, window, sinks, max_seps, q_sink, o, lse, do=None, delta=None, dq=None, dq_sink=None):
+def _run_queries(q, k, v, far, n_far, limits, q_sink, o, lse, do=None, delta=None, dq=None, dq_sink=None):
     (B, H, Tq, D), (block, tile, warps, stages) = q.shape, _tiles(q)[0]
     with torch.cuda.device_of(q):
         _queries[(B * H * triton.cdiv(Tq, block),)](
             q, q if q_sink is None else q_sink.contiguous(), k, v, far, n_far, o, lse, do, delta, dq, dq_sink, H, Tq,
-            k.shape[2], far.shape[1], window, sinks, max_seps, D ** -0.5 / math.log(2), D, block, tile, sinks > 0,
+            k.shape[2], far.shape[1], *limits, D ** -0.5 / math.log(2), D, block, tile, limits[1] > 0,
             q_sink is not None, do is not None, num_warps=warps, num_stages=stages)
 
 
 @torch.library.custom_op("nanosep::attention", mutates_args=())
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, far: torch.Tensor, n_far: torch.Tensor, window: int,
-               sinks: int, max_seps: int, q_sink: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, Tq, D) and, for the backward, the base-2 log-sum-exp of the scores (B, H, Tq) float32."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, far: Tensor, n_far: Tensor, limits: list[int],
+               q_sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output (B, H, Tq, D) and the base-2 log-sum-exp of the scores (B, H, Tq) float32; limits: window, sinks, max_seps."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     o, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    _run_queries(q, k, v, far, n_far, window, sinks, max_seps, q_sink, o, lse)
+    _run_queries(q, k, v, far, n_far, limits, q_sink, o, lse)
     return o, lse
 
 
-@_attention.register_fake
-def _(q, k, v, far, n_far, window, sinks, max_seps, q_sink):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
 @torch.library.custom_op("nanosep::attention_backward", mutates_args=())
-def _attention_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, far: torch.Tensor,
-                        n_far: torch.Tensor, window: int, sinks: int, max_seps: int, q_sink: torch.Tensor | None,
-                        o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, far: Tensor, n_far: Tensor, limits: list[int],
+                        q_sink: Tensor | None, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dq_sink; the last is empty without q_sink. Scores are recomputed from q, k and the log-sum-exp."""
     (B, H, Tq, D), Tk, S = q.shape, k.shape[2], far.shape[1]
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
     dq_sink = q.new_empty(0) if q_sink is None else torch.empty_like(q)
-    _run_queries(q, k, v, far, n_far, window, sinks, max_seps, q_sink, o, lse, do, delta, dq, dq_sink)
+    _run_queries(q, k, v, far, n_far, limits, q_sink, o, lse, do, delta, dq, dq_sink)
     dk_far, dv_far = torch.zeros(2, B, H, S, D, dtype=torch.float32, device=q.device)
     entries = torch.arange(S, dtype=n_far.dtype, device=q.device).expand(B, S).contiguous()
     first = torch.searchsorted(n_far, entries, right=True).int()  # (B, S): the first query that has each entry behind it
-    rank = ranks(far, n_far, Tk).int()
-    sinks, (block, tile, warps, stages) = min(sinks, S), _tiles(q)[1]
+    rank, sinks, (block, tile, warps, stages) = ranks(far, n_far, Tk).int(), min(limits[1], S), _tiles(q)[1]
     far_blocks = triton.cdiv(sinks, block) + triton.cdiv(S - sinks, block)
     with torch.cuda.device_of(q):
         for is_far, split, blocks in ((True, SPLIT, far_blocks), (False, 1, triton.cdiv(Tk, block))):
             _keys[(B * H * blocks * split,)](
                 q, q if q_sink is None else q_sink.contiguous(), k, v, far, first, rank, lse, do, delta, dk, dv, dk_far, dv_far,
-                H, Tq, Tk, S, window, sinks, max_seps, D ** -0.5 / math.log(2), D, block, tile, split, is_far,
+                H, Tq, Tk, S, limits[0], sinks, limits[2], D ** -0.5 / math.log(2), D, block, tile, split, is_far,
                 num_warps=warps, num_stages=stages)
     return dq, dk, dv, dq_sink
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5], inputs[8], *output)
-    ctx.limits = inputs[5:8]
+    *tensors, ctx.limits, q_sink = inputs
+    ctx.save_for_backward(*tensors, q_sink, *output)
 
 
 def _backward(ctx, do, _):
-    q, k, v, far, n_far, q_sink, o, lse = ctx.saved_tensors
-    dq, dk, dv, dq_sink = _attention_backward(do, q, k, v, far, n_far, *ctx.limits, q_sink, o, lse)
-    return dq, dk, dv, None, None, None, None, None, None if q_sink is None else dq_sink
-
-
-@_attention_backward.register_fake
-def _(do, q, k, v, far, n_far, window, sinks, max_seps, q_sink, o, lse):
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(0 if q_sink is None else q.shape))
+    *tensors, q_sink, o, lse = ctx.saved_tensors
+    dq, dk, dv, dq_sink = _attention_backward(do, *tensors, ctx.limits, q_sink, o, lse)
+    return dq, dk, dv, None, None, None, None if q_sink is None else dq_sink
 
 
 _attention.register_autograd(_backward, setup_context=_save)
+_attention.register_fake(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)))
+_attention_backward.register_fake(lambda do, q, k, v, far, n_far, limits, q_sink, o, lse: (
+    *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(0 if q_sink is None else q.shape)))
 
 
 def sep_attention(q, k, v, far, n_far, window, sinks=0, max_seps=None, q_sink=None, impl="auto"):
@@ -319,21 +292,70 @@ def sep_attention(q, k, v, far, n_far, window, sinks=0, max_seps=None, q_sink=No
     impl: "triton" (bf16, fp16, fp32; D 16, 32, 64 or 128), "torch" (the reference), "auto" (triton on a GPU).
     Returns (B, H, Tq, D), differentiable in q, k, v and q_sink. ValueError if impl="triton" can't do what is asked.
     """
-    missing = None
-    if triton is None:
-        missing = "triton is not installed"
-    elif q.shape[3] not in (16, 32, 64, 128) or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        missing = f"the kernel takes head sizes 16, 32, 64, 128 in bf16, fp16 or fp32, not {q.shape[3]} in {q.dtype}"
+    able = triton is not None and q.shape[3] in (16, 32, 64, 128) and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    needs = (f"the kernel needs triton, a CUDA device, a head size of 16, 32, 64 or 128 and bf16, fp16 or fp32, and got head size "
+             f"{q.shape[3]} in {q.dtype} on {q.device}")
     if impl == "auto":
-        if q.is_cuda and missing:
-            warnings.warn(f"sep_attention runs on the slow reference: {missing}", stacklevel=2)
-        impl = "triton" if q.is_cuda and not missing else "torch"
+        if q.is_cuda and not able:
+            warnings.warn(f"sep_attention runs on its slow reference: {needs}", stacklevel=2)
+        impl = "triton" if q.is_cuda and able else "torch"
     if impl == "torch":
         return sep_attention_reference(q, k, v, far, n_far, window, sinks, max_seps, q_sink)
-    if impl != "triton":
-        raise ValueError(f"impl is {impl!r}, and must be one of auto, triton, torch")
-    if not missing and not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        missing = f"the kernel needs a CUDA device, not {q.device}, or TRITON_INTERPRET=1 before triton is imported"
-    if missing:
-        raise ValueError(f"impl='triton' can't be used: {missing}; use impl='torch'")
-    return _attention(q, k, v, far, n_far, window, sinks, NO_LIMIT if max_seps is None else max_seps, q_sink)[0]
+    if impl != "triton" or not able or not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ValueError(f"impl is {impl!r}, and must be one of auto, triton, torch; {needs}")
+    return _attention(q, k, v, far, n_far, [window, sinks, NO_LIMIT if max_seps is None else max_seps], q_sink)[0]
+
+
+# ---- python sep_kernel.py: the check and the benchmark
+
+
+def benchmark(T, every, max_seps, window=256, sinks=4, H=12, D=64):
+    """Two rows of the table, forward and forward + backward, of B = 1 in bf16. Separators: every `every`-th token, or with 0
+    those in the bytes of the README."""
+    from sep_cache import far_list
+    text = torch.frombuffer(bytearray(Path(__file__).with_name("README.md").read_bytes()), dtype=torch.uint8).cuda()
+    at, limit = torch.arange(T, device="cuda"), max_seps or NO_LIMIT
+    kept = (at % every == 0 if every else torch.isin(text[at % len(text)], text.new_tensor(list(b".,?!;:\n")))) | (at < sinks)
+    rank, (far, n_far) = kept.cumsum(0), far_list(kept[None], window, T)
+    pairs = ((at + 1).clamp(max=window) + n_far.clamp(max=sinks) + (n_far - sinks).clamp(0, limit)).sum().item()
+    q, k, v, grad = (torch.randn(1, H, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
+    forms, build = {"sep": lambda: sep_attention(q, k, v, far, n_far, window, sinks, max_seps)}, math.nan
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION) if T <= 1 << 17 else ():
+        forms[backend.name] = lambda b=backend: sdpa_kernel(b)(F.scaled_dot_product_attention)(q, k, v, is_causal=True)
+    if T <= 1 << 16:  # the same mask, the way of the paper's repository
+        def mask(b, h, i, j):
+            return (i >= j) & ((i - j < window) | (j < sinks) | kept[j] & (n_far[0, i] - rank[j] < limit))
+        make = functools.partial(create_block_mask, mask, None, None, T, T, _compile=True)
+        block_mask, build = make(), triton.testing.do_bench(make)
+        forms["flex"] = lambda: torch.compile(flex_attention)(q, k, v, block_mask=block_mask)
+    for name, flops in (("forward", 4), ("forward + backward", 14)):
+        ms = {}
+        for form, run in forms.items():
+            run = run if flops == 4 else lambda run=run: torch.autograd.grad(run(), (q, k, v), grad)
+            torch.cuda.reset_peak_memory_stats()
+            ms[form] = triton.testing.do_bench(run, return_mode="median")
+            memory = torch.cuda.max_memory_allocated() / 2 ** 30 if form == "sep" else memory
+        full = min([t for form, t in ms.items() if form.isupper()], default=math.nan)
+        print(f"| {T:,} | {f'every {every}th' if every else f'bytes, {kept.float().mean():.1%}'} | {max_seps} | {name} | "
+              f"{ms['sep']:.2f} | {full:.2f} | {full / ms['sep']:.1f}x | {full / ms['sep'] / (T * (T + 1) / 2 / pairs):.0%} | "
+              f"{flops * D * H * pairs / ms['sep'] / 1e9:.0f} | {ms.get('flex', math.nan):.2f} | {build:.1f} | {memory:.2f} |")
+
+
+def main():
+    """Run the kernel's tests, then time it where there is a GPU."""
+    tests = str(Path(__file__).parent / "tests" / "test_kernel.py")
+    if failed := subprocess.run([sys.executable, "-m", "pytest", "-q", tests]).returncode:
+        sys.exit(failed)
+    if not torch.cuda.is_available():
+        return print("The kernel is right, in Triton's interpreter. Timing needs a GPU.")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: B 1, H 12, D 64, bf16, window 256, sinks 4")
+    print("| T | separators | max_seps | pass | ms | SDPA ms | speed-up | of promise | TFLOP/s | flex ms | its mask ms | GiB |")
+    print("|" + " --- |" * 12)
+    for T in (2048, 4096, 16384, 65536, 131072):
+        for every, max_seps in ((10, None), (10, 1024), (0, None), (0, 1024)):
+            benchmark(T, every, max_seps)
+    benchmark(1 << 20, 10, 1024)
+
+
+if __name__ == "__main__":
+    main()

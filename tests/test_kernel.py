@@ -50,9 +50,10 @@ def test_kernel_equals_fp64_reference(seed, poison, dtype, cases):
         exact = results(inputs, layout, torch.float64, "torch", apart)
         kernel = results(inputs, layout, dtype, "triton", apart)
         reference = results(inputs, layout, dtype, "torch", apart)
-        for name, x, y, z in zip(("out", "dq", "dk", "dv", "dq_sink"), exact, kernel, reference):
-            # as wrong as the reference in this precision may be, and a dozen roundings
-            allowed = 3 * (z.double() - x).abs().max() + 12 * torch.finfo(dtype).eps * x.abs().max().clamp(min=1)
+        # as wrong as the reference in this precision may be, and a dozen roundings of the largest numbers
+        allowed = 3 * max((z.double() - x).abs().max() for x, z in zip(exact, reference))
+        allowed += 12 * torch.finfo(dtype).eps * max(1, *(x.abs().max() for x in exact))
+        for name, x, y in zip(("out", "dq", "dk", "dv", "dq_sink"), exact, kernel):
             assert (y.double() - x).abs().max() <= allowed, (name, [t.shape for t in inputs], layout[2:], apart)
 
 
@@ -76,7 +77,7 @@ def operands(D=16):
 
 def test_opcheck(seed):
     for q_sink in (None, torch.randn(2, 2, 20, 16, device=DEVICE, requires_grad=True)):
-        torch.library.opcheck(_attention, (*operands(), q_sink))
+        torch.library.opcheck(_attention, (*operands()[:5], [3, 1, 4], q_sink))
 
 
 def test_model_compiles_without_graph_break(seed, tiny, monkeypatch):
@@ -112,9 +113,9 @@ def test_kernel_streams_as_it_reads(seed, tiny, monkeypatch):
 
 def test_what_the_kernel_cannot_do_is_a_sentence():
     q, k, v, *layout = operands(D=24)
-    with pytest.raises(ValueError, match="head sizes 16, 32, 64, 128"):
+    with pytest.raises(ValueError, match="head size 24"):
         sep_attention(q, k, v, *layout, impl="triton")
-    with pytest.raises(ValueError, match="float64"):
+    with pytest.raises(ValueError, match="torch.float64"):
         q, k, v, *layout = operands()
         sep_attention(q.double(), k.double(), v.double(), *layout, impl="triton")
     assert sep_attention(q, k, v, *layout).shape == q.shape
