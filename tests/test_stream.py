@@ -37,7 +37,7 @@ def in_pieces(model, ids, sizes):
 @pytest.mark.parametrize("attn", MODES)
 @torch.no_grad()
 def test_stream_equals_full_forward(seed, tiny, attn):
-    for _ in range(20):
+    for _ in range(30):
         config = tiny(attn=attn, window=random.choice([1, 2, 5, 40]), sinks=random.choice([0, 1, 3, 9]),
                       max_seps=random.choice([0, 1, 3, None]), separators=random.choice([(), (1,), (1, 2, 3), tuple(range(12))]))
         model, ids = model_of(config), torch.randint(12, (random.randint(1, 3), random.randint(1, 80)))
