@@ -51,6 +51,12 @@ class TrainConfig:
     compile: bool = option(False, "compile the model with torch.compile")
     seed: int = option(0, "of the initial weights and of the order of the data")
 
+    def __post_init__(self):
+        for names, least in (("batch_size accumulate eval_every eval_batches log_every", 1), ("max_steps warmup_steps seed", 0),
+                             ("learning_rate weight_decay grad_clip", 0.0)):
+            for name in names.split():
+                require(least <= getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}, and must be at least {least}")
+
 
 PRESETS = {  # what `python train.py` alone does, by machine; everything else is the default of its field
     "cpu": dict(block_size=256, n_layer=4, n_head=4, n_embd=128, window=32, max_seps=16, batch_size=16, max_steps=1000),
