@@ -248,7 +248,7 @@ def configure(parser, given, device):
         parser.error(str(error))
 
     folder = Path(__file__).parent / "data" / TrainConfig.data
-    if train.data == TrainConfig.data and not folder.exists() and int(os.environ.get("RANK", 0)) == 0:
+    if train.data == TrainConfig.data and not (folder / "train.bin").exists() and int(os.environ.get("RANK", 0)) == 0:
         from data.prepare import prepare  # here, because it imports this file
         prepare(folder)
     if dist.is_initialized():
@@ -270,6 +270,7 @@ def configure(parser, given, device):
     require(shortest > model.config.block_size, f"the data {train.data} is too short: {shortest} tokens in one part, and "
             f"block_size {model.config.block_size} needs one more than itself")
     return model.to(device), train, data, optimizer, about["step"], about["val_loss"]
+
 
 def open_run(out_dir, step):
     """(checkpoint path, open log) of a run. A new run keeps the one before it under *.old; a resumed one drops the log lines
@@ -412,6 +413,12 @@ def main():
         sys.exit("train.py: the GPU's memory is full; lower --batch_size or --block_size, or raise --accumulate")
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:  # while the data is prepared; later on it saves a checkpoint
+        sys.exit("train.py: stopped before the training began; nothing was written")
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        sys.exit(f"train.py: another process of this run has ended ({str(error).splitlines()[0][:120]}); go on with --resume")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
