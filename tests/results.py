@@ -8,7 +8,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from sample import score  # noqa: E402
 from sep_cache import SepCache, far_layout, reach  # noqa: E402
-from train import get_batch, load_checkpoint, load_data  # noqa: E402
+from train import load_checkpoint, load_data  # noqa: E402
 
 RECALL = ("--data", "recall", "--n_layer", 2, "--n_head", 2, "--n_embd", 128, "--block_size", 64, "--window", 8, "--sinks", 1,
-          "--max_seps", "None", "--batch_size", 64, "--max_steps", 1500, "--learning_rate", 3e-3)
+          "--max_seps", "None", "--batch_size", 64, "--max_steps", 1000, "--learning_rate", 3e-3)
 MODES = ("full", "stream", "fixed", "sep")
 SIZES = {
-    "cpu": dict(window=32, post=300, free=(8, 16, 32, 64, 128), stream=1_000_000, full=20_000),
-    "gpu": dict(window=64, post=500, free=(16, 32, 64, 128, 256), stream=4_000_000, full=100_000),
+    "cpu": dict(post=240, free=(8, 16, 32, 64, 128), stream=1_000_000, full=20_000, shapes={"": ()}),
+    "gpu": dict(post=480, free=(16, 32, 64, 128, 256), stream=4_000_000, full=100_000, shapes={"": (), "-8192": (
+        "--block_size", 8192, "--window", 256, "--max_seps", 512, "--batch_size", 8)}),
 }
 
 
@@ -70,18 +70,25 @@ def losses(log):
 
 def scratch(runs, size):
     """Each mode from scratch on the same data and steps."""
-    rows, curves = [], {}
-    for attn in MODES:
-        log = train(runs / attn, "--attn", attn)
-        config, data = load_checkpoint(runs / attn / "ckpt.pt")[0].config, load_data("docs")
-        kept, share = cost(config, data[1])
-        speed = np.median([line["tokens_per_s"] for line in log[1:]])
-        rows.append((attn, f"{losses(log)[max(losses(log))]:.4f}", f"{kept:.1%}", f"{share:.1%}", f"{speed:,.0f}",
-                     f"{log[-1]['memory_gib']:.2f} GiB"))
-        curves[attn] = losses(log)
-    table(("attn", "validation loss", "KV kept", "map computed", "tokens/s", "peak memory"), rows)
-    steps = [step for step in curves["full"] if step]
-    chart("validation loss by step", steps, "nats per byte", {k: [v[s] for s in steps] for k, v in curves.items()})
+    for name, shape in size["shapes"].items():
+        rows, curves, compute = [], {}, {}
+        for attn in MODES:
+            log = train(runs / (attn + name), "--attn", attn, *shape)
+            model = load_checkpoint(runs / (attn + name) / "ckpt.pt")[0]
+            config, kept_and_share = model.config, cost(model.config, load_data("docs")[1])
+            curves[attn] = {step: loss for step, loss in losses(log).items() if step}
+            keys = kept_and_share[1] * (config.block_size + 1) / 2
+            flops = 6 * sum(p.numel() for p in model.parameters()) + 12 * config.n_layer * config.n_embd * keys  # per token
+            batch = json.loads(torch.load(runs / (attn + name) / "ckpt.pt", weights_only=True)["about"])["train"]["batch_size"]
+            compute[attn] = [step * batch * config.block_size * flops / 1e12 for step in curves[attn]]
+            speed = np.median([line["tokens_per_s"] for line in log[1:]])
+            rows.append((attn, f"{curves[attn][max(curves[attn])]:.4f}", *(f"{x:.1%}" for x in kept_and_share), f"{speed:,.0f}",
+                         f"{compute[attn][-1]:.1f}", f"{log[-1]['memory_gib']:.2f}"))
+        table(("attn", "validation loss", "KV kept", "map computed", "tokens/s", "TFLOP", "peak GiB"), rows)
+        chart("validation loss by step", list(curves["full"]), "nats per byte", {k: list(v.values()) for k, v in curves.items()})
+        grid = compute["full"][:-1]
+        chart("validation loss by compute in TFLOP", [round(x, 1) for x in grid], "nats per byte",
+              {k: np.interp(grid, compute[k], list(curves[k].values())).tolist() for k in curves})
 
 
 def post(runs, size):
@@ -90,6 +97,8 @@ def post(runs, size):
     curves = {attn: losses(train(runs / f"post-{attn}", "--init_from", runs / "full" / "ckpt.pt", "--attn", attn, "--max_steps",
                                  size["post"], "--learning_rate", 1e-3, "--eval_every", size["post"] // 6)) for attn in ("full", "sep")}
     table(("step", *curves), [(s, *(f"{curve[s]:.4f}" for curve in curves.values())) for s in curves["full"]])
+    chart("post-training: validation loss by step", list(curves["full"]), "nats per byte",
+          {k: list(v.values()) for k, v in curves.items()})
 
 
 def free(runs, size):
@@ -97,7 +106,7 @@ def free(runs, size):
     train(runs / "full", "--attn", "full")
     rows, val = [], load_data("docs")[1]
     for attn in ("full", "stream", "sep"):
-        for window in size["free"] if attn != "full" else (size["window"],):
+        for window in size["free"] if attn != "full" else size["free"][:1]:
             log = train(runs / f"free-{attn}-{window}", "--init_from", runs / "full" / "ckpt.pt", "--attn", attn, "--window",
                         window, "--max_seps", "None", "--max_steps", 0)
             kept, _ = cost(load_checkpoint(runs / f"free-{attn}-{window}" / "ckpt.pt")[0].config, val)
