@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
         for field in dataclasses.fields(cls):
             if "help" in field.metadata and (names is None or field.name in names):
                 presets = [f"{machine} preset: {preset[field.name]}" for machine, preset in PRESETS.items() if field.name in preset]
-                note = default or ", ".join(presets) or field.default
+                note = default or "; ".join([str(field.default), *presets])
                 self.add_argument(f"--{field.name}", type=kinds.get(field.type, field.type), metavar=field.name.upper(),
                                   default=argparse.SUPPRESS, help=f"{field.metadata['help']}\n(default: {note})")
 

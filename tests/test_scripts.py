@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,16 @@ def test_docs_are_split_by_file_without_repetition(tmp_path, monkeypatch):
     both = (tmp_path / "docs" / "train.bin").read_text() + (tmp_path / "docs" / "val.bin").read_text()
     assert not parts[0] & parts[1] and both.count("Twice.") == 1 and both.count("Module") == 90
     assert 0.05 < len(parts[1]) / len(parts[0] | parts[1]) < 0.15
+
+
+def test_a_document_of_100_mb_is_prepared_in_bounded_memory(tmp_path):
+    with open(tmp_path / "big.txt", "wb") as f:
+        f.truncate(100_000_000)
+    tracemalloc.start()
+    prepare.prepare(tmp_path / "big", path=tmp_path / "big.txt")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "big" / "train.bin").stat().st_size == 90_000_000 and peak < 10_000_000
 
 
 def test_recall_ledgers_are_consistent_and_seeded(tmp_path):
