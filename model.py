@@ -167,7 +167,7 @@ class GPT(nn.Module):
             cache = SepCache(self.config, len(ids), ids.device, self.embed.weight.dtype)
         for piece in ids.split(self.config.block_size, dim=1):  # long prompts in pieces, to bound memory
             logits = self(piece, cache=cache)[0]
-        token, graph = pick(logits[:, -1], temperature, top_k), None
+        token, graph, static_steps = pick(logits[:, -1], temperature, top_k), None, 0
 
         def step():
             token.copy_(pick(self(token[:, None], cache=cache)[0][:, -1], temperature, top_k))
@@ -176,12 +176,13 @@ class GPT(nn.Module):
             if graph is not None:
                 graph.replay()
                 cache.n_tokens += 1  # the graph replays what happens on the GPU, not this count
-            elif ids.is_cuda and cache.is_static and i > 3:  # a few steps before, to compile what they launch
+            elif ids.is_cuda and static_steps > 3:  # not at once: nothing may be compiled while it is captured
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, stream=torch.cuda.Stream(ids.device)):
                     step()
                 graph.replay()
             elif i > 0:
+                static_steps += cache.is_static
                 step()
             yield token.clone()
 

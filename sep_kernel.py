@@ -215,7 +215,7 @@ def _keys(Q, Q_SINK, K, V, FAR, FIRST, RANK, LSE, DO, DELTA, DK, DV, DK_FAR, DV_
 
 def _tiles(q):
     """(rows per program, rows per tile, warps, stages) of the queries' and of the keys' programs: what compiles without spills."""
-    Tq, D, hopper = q.shape[2], q.shape[3], not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= 9
+    Tq, D, hopper = q.shape[2], q.shape[3], not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
     if q.dtype == torch.float32 or Tq <= 16:
         return ((32, 32, 4, 2),) * 2 if Tq > 16 else ((16, 64, 4, 2),) * 2
     if D < 128:
@@ -303,7 +303,8 @@ def sep_attention(q, k, v, far, n_far, window, sinks=0, max_seps=None, q_sink=No
         return sep_attention_reference(q, k, v, far, n_far, window, sinks, max_seps, q_sink)
     if impl != "triton" or not able or not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         raise ValueError(f"impl is {impl!r}, and must be one of auto, triton, torch; {needs}")
-    return _attention(q, k, v, far, n_far, [window, sinks, NO_LIMIT if max_seps is None else max_seps], q_sink)[0]
+    limits = [min(x, NO_LIMIT) for x in (window, sinks, NO_LIMIT if max_seps is None else max_seps)]
+    return _attention(q, k, v, far.contiguous(), n_far.contiguous(), limits, q_sink)[0]
 
 
 # ---- python sep_kernel.py: the check and the benchmark
@@ -326,15 +327,17 @@ def benchmark(T, every, max_seps, window=256, sinks=4, H=12, D=64):
         def mask(b, h, i, j):
             return (i >= j) & ((i - j < window) | (j < sinks) | kept[j] & (n_far[0, i] - rank[j] < limit))
         make = functools.partial(create_block_mask, mask, None, None, T, T, _compile=True)
-        block_mask, build = make(), triton.testing.do_bench(make)
-        forms["flex"] = lambda: torch.compile(flex_attention)(q, k, v, block_mask=block_mask)
+        torch.compiler.reset()  # every mask is a new program
+        block_mask, build, flex = make(), triton.testing.do_bench(make), torch.compile(flex_attention, dynamic=False)
+        forms["flex"] = lambda: flex(q, k, v, block_mask=block_mask)
     for name, flops in (("forward", 4), ("forward + backward", 14)):
         ms = {}
         for form, run in forms.items():
             run = run if flops == 4 else lambda run=run: torch.autograd.grad(run(), (q, k, v), grad)
             torch.cuda.reset_peak_memory_stats()
-            ms[form] = triton.testing.do_bench(run, return_mode="median")
+            run()
             memory = torch.cuda.max_memory_allocated() / 2 ** 30 if form == "sep" else memory
+            ms[form] = triton.testing.do_bench(run, return_mode="median")
         full = min([t for form, t in ms.items() if form.isupper()], default=math.nan)
         print(f"| {T:,} | {f'every {every}th' if every else f'bytes, {kept.float().mean():.1%}'} | {max_seps} | {name} | "
               f"{ms['sep']:.2f} | {full:.2f} | {full / ms['sep']:.1f}x | {full / ms['sep'] / (T * (T + 1) / 2 / pairs):.0%} | "

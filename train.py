@@ -223,6 +223,8 @@ def find_device(parser, name, local_rank=0):
     if device.type not in PRESETS or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         parser.error(f"--device {name} is not on this machine; it has cpu" +
                      (f" and cuda with {torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else " alone"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -388,9 +390,10 @@ def run(model, train, data, optimizer_state, step, val_loss, device):
         print(f"train.py: {f'the checkpoint is {path} instead' if saved else 'the state of this run is lost'}", file=sys.stderr)
         return 1
     if stopping:
-        print(f"stopped at step {step} by {signal.Signals(stop[0]).name}; go on with: python train.py --resume --out_dir "
+        number = stop[0] if stop else signal.SIGTERM  # another process may have got it
+        print(f"stopped at step {step} by {signal.Signals(number).name}; go on with: python train.py --resume --out_dir "
               f"{train.out_dir}", file=sys.stderr)
-        return 128 + stop[0]
+        return 128 + number
     print(f"validation loss {val_loss:.4f} nats per token after {step} steps; let it write with:\n"
           f"  python sample.py --ckpt {path} --stream", file=sys.stderr)
     return 0
