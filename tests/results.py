@@ -19,8 +19,8 @@ from sample import score  # noqa: E402
 from sep_cache import SepCache, far_layout, reach  # noqa: E402
 from train import load_checkpoint, load_data  # noqa: E402
 
-RECALL = ("--data", "recall", "--n_layer", 2, "--n_head", 2, "--n_embd", 128, "--block_size", 64, "--window", 8, "--sinks", 1,
-          "--max_seps", "None", "--batch_size", 64, "--max_steps", 900, "--learning_rate", 1e-3)
+RECALL = ("--data", "recall", "--n_layer", 3, "--n_head", 4, "--n_embd", 128, "--block_size", 64, "--window", 8, "--sinks", 1,
+          "--max_seps", "None", "--batch_size", 64, "--max_steps", 800, "--learning_rate", 1e-3)
 MODES = ("full", "stream", "fixed", "sep")
 SIZES = {
     "cpu": dict(post=240, free=(8, 16, 32, 64, 128), stream=1_000_000, full=20_000, shapes={"": ()}),
