@@ -331,13 +331,12 @@ def benchmark(T, every, max_seps, window=256, sinks=4, H=12, D=64):
         block_mask, build, flex = make(), triton.testing.do_bench(make), torch.compile(flex_attention, dynamic=False)
         forms["flex"] = lambda: flex(q, k, v, block_mask=block_mask)
     for name, flops in (("forward", 4), ("forward + backward", 14)):
-        ms = {}
-        for form, run in forms.items():
-            run = run if flops == 4 else lambda run=run: torch.autograd.grad(run(), (q, k, v), grad)
-            torch.cuda.reset_peak_memory_stats()
-            run()
-            memory = torch.cuda.max_memory_allocated() / 2 ** 30 if form == "sep" else memory
-            ms[form] = triton.testing.do_bench(run, return_mode="median")
+        runs = {form: run if flops == 4 else lambda run=run: torch.autograd.grad(run(), (q, k, v), grad)
+                for form, run in forms.items()}
+        torch.cuda.reset_peak_memory_stats()
+        runs["sep"]()
+        memory = torch.cuda.max_memory_allocated() / 2 ** 30
+        ms = {form: triton.testing.do_bench(run, return_mode="median") for form, run in runs.items()}
         full = min([t for form, t in ms.items() if form.isupper()], default=math.nan)
         print(f"| {T:,} | {f'every {every}th' if every else f'bytes, {kept.float().mean():.1%}'} | {max_seps} | {name} | "
               f"{ms['sep']:.2f} | {full:.2f} | {full / ms['sep']:.1f}x | {full / ms['sep'] / (T * (T + 1) / 2 / pairs):.0%} | "

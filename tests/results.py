@@ -74,12 +74,11 @@ def scratch(runs, size):
         rows, curves, compute = [], {}, {}
         for attn in MODES:
             log = train(runs / (attn + name), "--attn", attn, *shape)
-            model = load_checkpoint(runs / (attn + name) / "ckpt.pt")[0]
-            config, kept_and_share = model.config, cost(model.config, load_data("docs")[1])
+            model, _, about = load_checkpoint(runs / (attn + name) / "ckpt.pt")
+            config, batch, kept_and_share = model.config, about["train"]["batch_size"], cost(model.config, load_data("docs")[1])
             curves[attn] = {step: loss for step, loss in losses(log).items() if step}
             keys = kept_and_share[1] * (config.block_size + 1) / 2
             flops = 6 * sum(p.numel() for p in model.parameters()) + 12 * config.n_layer * config.n_embd * keys  # per token
-            batch = json.loads(torch.load(runs / (attn + name) / "ckpt.pt", weights_only=True)["about"])["train"]["batch_size"]
             compute[attn] = [step * batch * config.block_size * flops / 1e12 for step in curves[attn]]
             speed = np.median([line["tokens_per_s"] for line in log[1:]])
             rows.append((attn, f"{curves[attn][max(curves[attn])]:.4f}", *(f"{x:.1%}" for x in kept_and_share), f"{speed:,.0f}",
@@ -129,7 +128,7 @@ def recall(runs, size):
             distance[row, at] = at - last.get(key, at)
             last[key] = at
     edges = (3, 6, 9, 12, 18, 24, 36, 63)
-    curves, kept = {}, {}
+    curves = {}
     for attn in MODES:
         train(runs / f"recall-{attn}", "--attn", attn, *RECALL)
         model = load_checkpoint(runs / f"recall-{attn}" / "ckpt.pt")[0]
