@@ -26,11 +26,11 @@ try:
     import triton
     import triton.language as tl
     jit, INTERPRET = triton.jit, tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+    SPLIT = tl.constexpr(4)  # programs, at most, that share the queries of a block of far keys
 except ImportError:  # on a Mac, say: the reference serves
     triton, jit = None, lambda function: function
 
 NO_LIMIT = 1 << 30
-SPLIT = 4  # programs that share the queries of one block of far keys
 
 
 def ranks(far, n_far, n_rows):
@@ -66,86 +66,80 @@ def _dot(a, b):
 
 
 @jit
-def _plan(lo, hi, TILE: tl.constexpr):
-    """How a block walks its rows' intervals [lo, hi): from `start`, `inner` tiles that all of its rows see whole, and
-    `head` masked tiles before and the rest of `edges` masked tiles behind these."""
-    start = tl.max(lo, 0)
-    inner = tl.maximum(tl.min(hi, 0) - start, 0) // TILE
-    head = tl.cdiv(start - tl.min(lo, 0), TILE)
-    tail = tl.cdiv(tl.maximum(tl.max(hi, 0) - start - inner * TILE, 0), TILE)
-    return start, inner, head, head + tail
+def _walk(acc, m, l, a, b, X, Y, FAR, LSE, DELTA, lo, hi, part, parts, scale, D: tl.constexpr, TILE: tl.constexpr,
+          GATHER: tl.constexpr, PASS: tl.constexpr):
+    """The one loop: a block of rows walks over its intervals [lo, hi) of other rows, TILE at a time.
 
-
-@jit
-def _step(acc, m, l, q, do, k, v, visible, scale, MASK: tl.constexpr, BACKWARD: tl.constexpr):
-    """One tile of keys for a block of queries. Forward: online softmax, m the maximum and l the sum so far.
-    Backward: adds to dq, with m the log-sum-exp and l the delta of each query."""
-    s = _dot(q, tl.trans(k)) * scale  # (BLOCK, TILE), in base 2
-    if MASK:
-        s = tl.where(visible, s, float("-inf"))
-    if BACKWARD:
-        ds = tl.exp2(s - m[:, None]) * (_dot(do, tl.trans(v)) - l[:, None])
-        return acc + _dot(ds.to(k.dtype), k), m, l
-    new_m = tl.maximum(m, tl.max(s, 1))
-    p = tl.exp2(s - new_m[:, None])
-    shrink = tl.exp2(m - new_m)
-    acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
-    return acc, new_m, l * shrink + tl.sum(p, 1)
-
-
-@jit
-def _walk(acc, m, l, q, do, K, V, FAR, lo, hi, scale, D: tl.constexpr, TILE: tl.constexpr, GATHER: tl.constexpr,
-          BACKWARD: tl.constexpr):
-    """A block of queries over the entries [lo, hi) of a list: rows FAR[entry] of K and V, or without GATHER rows entry."""
-    start, inner, head, edges = _plan(lo, hi, TILE)
-    first, last = tl.min(lo, 0), tl.max(hi, 0)
+    PASS        the block a, b    the others X, Y    acc, m, l: what is summed up, or known
+    "forward"   queries, -        keys, values       output, the largest score and the sum so far (online softmax)
+    "dq"        queries, do       keys, values       dq; the log-sum-exp and the delta of each query
+    "keys"      keys, values      queries, do        dk, dv, -
+    GATHER: the intervals are of the list FAR, which says where the rows are. Of `parts` programs this is number `part`.
+    """
+    start, first, last = tl.max(lo, 0), tl.min(lo, 0), tl.max(hi, 0)
+    inner = tl.maximum(tl.min(hi, 0) - start, 0) // TILE  # tiles that all rows of the block see whole,
+    head = tl.cdiv(start - first, TILE)  # and masked tiles: before these,
+    edges = head + tl.cdiv(tl.maximum(last - start - inner * TILE, 0), TILE)  # and behind
     for MASK in tl.static_range(2):
-        for i in range(edges if MASK else inner):
+        for i in range(part, edges if MASK else inner, parts):
             entry = start + (i - head + tl.where(i < head, 0, inner) if MASK else i) * TILE + tl.arange(0, TILE)
             row = tl.minimum(tl.maximum(entry, first), last - 1) if MASK else entry
             if GATHER:
                 row = tl.load(FAR + row)
             at = row[:, None] * D + tl.arange(0, D)
-            visible = (entry >= lo[:, None]) & (entry < hi[:, None])  # without MASK nobody looks at it
-            acc, m, l = _step(acc, m, l, q, do, tl.load(K + at), tl.load(V + at), visible, scale, MASK, BACKWARD)
+            x, y = tl.load(X + at), tl.load(Y + at)
+            s = _dot(a, tl.trans(x))  # (BLOCK, TILE); times scale: in base 2
+            if MASK:
+                s = tl.where((entry >= lo[:, None]) & (entry < hi[:, None]), s, float("-inf"))
+            if PASS == "forward":
+                new_m = tl.maximum(m, tl.max(s, 1) * scale)
+                p, shrink = tl.exp2(s * scale - new_m[:, None]), tl.exp2(m - new_m)
+                acc = acc * shrink[:, None] + _dot(p.to(y.dtype), y)
+                m, l = new_m, l * shrink + tl.sum(p, 1)
+            else:
+                if PASS == "dq":
+                    lse, delta = m[:, None], l[:, None]
+                else:
+                    lse, delta = tl.load(LSE + row)[None, :], tl.load(DELTA + row)[None, :]
+                p = tl.exp2(s * scale - lse)
+                if PASS == "keys":
+                    m += _dot(p.to(y.dtype), y)
+                ds = p * (_dot(b, tl.trans(y)) - delta)
+                acc += _dot(ds.to(x.dtype), x)
     return acc, m, l
 
 
 @jit
-def _queries(Q, Q_SINK, K, V, FAR, N_FAR, O, LSE, DO, DELTA, DQ, DQ_SINK, H, Tq, Tk, S, window, sinks, max_seps, scale,
-             D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SINKS: tl.constexpr, APART: tl.constexpr,
-             BACKWARD: tl.constexpr):
-    """Each program owns BLOCK queries of one head. Forward: their output and log-sum-exp. BACKWARD: their delta and dq.
-    SINKS: whether there are any; APART: whether the sinks are met by a query of their own."""
-    blocks = tl.cdiv(Tq, BLOCK)
-    bh, block = tl.program_id(0) // blocks, blocks - 1 - tl.program_id(0) % blocks  # the longest lists first
+def _queries(Q, Q_SINK, K, V, FAR, N_FAR, O, LSE, DO, DELTA, DQ, DQ_SINK, programs, H, Tq, Tk, S, window, sinks, max_seps, scale,
+             D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, APART: tl.constexpr, PASS: tl.constexpr):
+    """Each program owns BLOCK queries of one head. PASS "forward": their output and log-sum-exp; "dq": their delta and dq.
+    APART: the sinks are met by a query of their own."""
+    bh, block = tl.program_id(0) // programs, programs - 1 - tl.program_id(0) % programs  # the longest lists first
     rows, keys, b = bh.to(tl.int64) * Tq, bh.to(tl.int64) * Tk * D, (bh // H).to(tl.int64)
     t = block * BLOCK + tl.arange(0, BLOCK)
     own = t < Tq
     t = tl.minimum(t, Tq - 1)  # rows behind the last do as the last one does, and are not stored
     at = t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
-    n = tl.load(N_FAR + b * Tq + t)  # far entries behind each query
+    n, row = tl.load(N_FAR + b * Tq + t), Tk - Tq + t  # far entries behind each query, and the key row where it stands
     FAR, K, V = FAR + b * S, K + keys, V + keys
     Q, Q_SINK, O, LSE = Q + rows * D, Q_SINK + rows * D, O + rows * D, LSE + rows
     acc, q = tl.zeros([BLOCK, D], tl.float32), tl.load(Q + at)
-    if BACKWARD:
+    if PASS == "dq":
         do, m = tl.load(DO + rows * D + at), tl.load(LSE + t)
         l = tl.sum(tl.load(O + at).to(tl.float32) * do.to(tl.float32), 1)
         tl.store(DELTA + rows + t, l, mask=own)
     else:
-        do = q
-        m, l = tl.full([BLOCK], -1e30, tl.float32), tl.zeros([BLOCK], tl.float32)
-    if SINKS:
-        meet = tl.load(Q_SINK + at) if APART else q
-        acc, m, l = _walk(acc, m, l, meet, do, K, V, FAR, tl.zeros_like(n), tl.minimum(n, sinks), scale, D, 16, True, BACKWARD)
-    if APART and BACKWARD:
+        do, m, l = q, tl.full([BLOCK], -1e30, tl.float32), tl.zeros([BLOCK], tl.float32)
+    meet = tl.load(Q_SINK + at) if APART else q
+    seen = tl.minimum(n, sinks)
+    acc, m, l = _walk(acc, m, l, meet, do, K, V, FAR, LSE, DELTA, tl.zeros_like(n), seen, 0, 1, scale, D, 16, True, PASS)
+    if APART and PASS == "dq":
         tl.store(DQ_SINK + rows * D + at, (acc * (scale * 0.6931471805599453)).to(q.dtype), mask=own[:, None])
         acc = tl.zeros([BLOCK, D], tl.float32)
-    acc, m, l = _walk(acc, m, l, q, do, K, V, FAR, tl.maximum(n - max_seps, tl.minimum(n, sinks)), n, scale, D, TILE, True,
-                      BACKWARD)
-    row = Tk - Tq + t
-    acc, m, l = _walk(acc, m, l, q, do, K, V, FAR, tl.maximum(row - window + 1, 0), row + 1, scale, D, TILE, False, BACKWARD)
-    if BACKWARD:
+    acc, m, l = _walk(acc, m, l, q, do, K, V, FAR, LSE, DELTA, tl.maximum(n - max_seps, seen), n, 0, 1, scale, D, TILE, True, PASS)
+    acc, m, l = _walk(acc, m, l, q, do, K, V, FAR, LSE, DELTA, tl.maximum(row - window + 1, 0), row + 1, 0, 1, scale, D, TILE,
+                      False, PASS)
+    if PASS == "dq":
         tl.store(DQ + rows * D + at, (acc * (scale * 0.6931471805599453)).to(q.dtype), mask=own[:, None])
     else:
         tl.store(O + at, (acc / l[:, None]).to(q.dtype), mask=own[:, None])
@@ -153,61 +147,50 @@ def _queries(Q, Q_SINK, K, V, FAR, N_FAR, O, LSE, DO, DELTA, DQ, DQ_SINK, H, Tq,
 
 
 @jit
-def _keys(Q, Q_SINK, K, V, FAR, FIRST, RANK, LSE, DO, DELTA, DK, DV, DK_FAR, DV_FAR, H, Tq, Tk, S, window, sinks, max_seps,
-          scale, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, IS_FAR: tl.constexpr):
-    """Each program owns BLOCK keys of one head and walks the queries that saw them. IS_FAR: keys of the far list, seen by
-    every later query; SPLIT programs share these and add up in float32. Else: rows in the text, seen by `window` queries;
-    these programs run last, add what the far list holds for their rows, and write dk and dv."""
-    d = tl.arange(0, D)
-    blocks = tl.cdiv(sinks, BLOCK) + tl.cdiv(S - sinks, BLOCK) if IS_FAR else tl.cdiv(Tk, BLOCK)
-    bh, block = tl.program_id(0) // (blocks * SPLIT), tl.program_id(0) % (blocks * SPLIT) // SPLIT
-    part, b = tl.program_id(0) % SPLIT, (bh // H).to(tl.int64)
-    rows, keys, lists = bh.to(tl.int64) * Tq, bh.to(tl.int64) * Tk, bh.to(tl.int64) * S
+def _keys(Q, Q_SINK, K, V, FAR, N_FAR, FIRST, LSE, DO, DELTA, DK, DV, DK_FAR, DV_FAR, programs, H, Tq, Tk, S, window, sinks,
+          max_seps, scale, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, IS_FAR: tl.constexpr):
+    """Each program owns BLOCK keys of one head and walks over the queries that saw them. IS_FAR: keys of the far list, seen
+    by every later query, so up to SPLIT programs share these, and add up in float32. Else: rows of the text, seen by `window`
+    queries; these programs run last, add what there is from the far ones, and write dk and dv."""
+    bh, i = tl.program_id(0) // programs, tl.program_id(0) % programs
+    rows, keys, b = bh.to(tl.int64) * Tq, bh.to(tl.int64) * Tk * D, (bh // H).to(tl.int64)
+    part, parts = 0, 1
     if IS_FAR:
-        sink_blocks = tl.cdiv(sinks, BLOCK)  # sinks have blocks of their own, as they meet queries of their own
-        own = block * BLOCK + tl.arange(0, BLOCK) + tl.where(block < sink_blocks, 0, sinks - sink_blocks * BLOCK)
-        later = own + max_seps + tl.where(block < sink_blocks, S, 0)  # nothing pushes a sink out of sight
-        if block < sink_blocks:
+        n = tl.load(N_FAR + b * Tq + Tq - 1)  # entries that somebody sees; sinks have blocks, and meet queries, of their own
+        sink_blocks = tl.cdiv(tl.minimum(n, sinks), BLOCK)
+        blocks = sink_blocks + tl.cdiv(tl.maximum(n - sinks, 0), BLOCK)
+        parts = tl.minimum(programs // tl.maximum(blocks, 1), SPLIT)
+        block, part = i // parts, i % parts
+        if block >= blocks:
+            return
+        is_sink, FIRST, FAR = block < sink_blocks, FIRST + b * S, FAR + b * S
+        own = tl.where(is_sink, block, block - sink_blocks) * BLOCK + tl.where(is_sink, 0, sinks) + tl.arange(0, BLOCK)
+        there = own < (tl.minimum(n, sinks) if is_sink else n)
+        later = own + tl.where(is_sink, S, max_seps)  # an entry is seen from when it leaves the window until this one does
+        lo = tl.load(FIRST + own, mask=there, other=Tq)
+        hi = tl.load(FIRST + later, mask=later < n, other=Tq)
+        row = tl.load(FAR + own, mask=there, other=0)
+        if is_sink:
             Q = Q_SINK
-        FIRST += b * S  # an entry is seen from when it leaves the window until the max_seps-th after it does
-        lo = tl.load(FIRST + own, mask=own < tl.where(block < sink_blocks, sinks, S), other=Tq)
-        hi = tl.load(FIRST + later, mask=later < S, other=Tq)
-        there = lo < hi
-        row = tl.load(FAR + b * S + own, mask=there, other=0)
     else:
-        row = block * BLOCK + tl.arange(0, BLOCK)
+        row = i * BLOCK + tl.arange(0, BLOCK)
         there = row < Tk
         row = tl.minimum(row, Tk - 1)
         lo = tl.maximum(row - (Tk - Tq), 0)
         hi = tl.maximum(tl.minimum(row - (Tk - Tq) + window, Tq), lo)
-    K, V, at = K + keys * D, V + keys * D, row[:, None] * D + d
-    k, v = tl.load(K + at, mask=there[:, None], other=0.0), tl.load(V + at, mask=there[:, None], other=0.0)
+    at, there = keys + row[:, None] * D + tl.arange(0, D), there[:, None]
+    k, v = tl.load(K + at, mask=there, other=0.0), tl.load(V + at, mask=there, other=0.0)
     dk, dv = tl.zeros([BLOCK, D], tl.float32), tl.zeros([BLOCK, D], tl.float32)
-    Q, DO, LSE, DELTA = Q + rows * D, DO + rows * D, LSE + rows, DELTA + rows
-    start, inner, head, edges = _plan(lo, hi, TILE)
-    for MASK in tl.static_range(2):
-        for i in range(part, edges if MASK else inner, SPLIT):
-            t = start + (i - head + tl.where(i < head, 0, inner) if MASK else i) * TILE + tl.arange(0, TILE)
-            row_t = tl.minimum(tl.maximum(t, 0), Tq - 1) if MASK else t
-            at_t = row_t[:, None] * D + d
-            q, do = tl.load(Q + at_t), tl.load(DO + at_t)
-            p = tl.exp2(_dot(k, tl.trans(q)) * scale - tl.load(LSE + row_t)[None, :])  # (BLOCK, TILE)
-            if MASK:
-                p = tl.where((t >= lo[:, None]) & (t < hi[:, None]), p, 0.0)
-            dv += _dot(p.to(do.dtype), do)
-            ds = p * (_dot(v, tl.trans(do)) - tl.load(DELTA + row_t)[None, :])
-            dk += _dot(ds.to(q.dtype), q)
+    dk, dv, _ = _walk(dk, dv, 0, k, v, Q + rows * D, DO + rows * D, FAR, LSE + rows, DELTA + rows, lo, hi, part, parts, scale, D,
+                      TILE, False, "keys")
     if IS_FAR:
-        at = own[:, None] * D + d
-        tl.atomic_add(DK_FAR + lists * D + at, dk, mask=there[:, None], sem="relaxed")
-        tl.atomic_add(DV_FAR + lists * D + at, dv, mask=there[:, None], sem="relaxed")
+        tl.atomic_add(DK_FAR + at, dk, mask=there, sem="relaxed")
+        tl.atomic_add(DV_FAR + at, dv, mask=there, sem="relaxed")
     else:
-        entry = tl.load(RANK + b * Tk + row)
-        at_far, is_far = entry[:, None] * D + d, (entry < S)[:, None]
-        dk += tl.load(DK_FAR + lists * D + at_far, mask=is_far, other=0.0)
-        dv += tl.load(DV_FAR + lists * D + at_far, mask=is_far, other=0.0)
-        tl.store(DK + keys * D + at, (dk * (scale * 0.6931471805599453)).to(k.dtype), mask=there[:, None])
-        tl.store(DV + keys * D + at, dv.to(v.dtype), mask=there[:, None])
+        dk += tl.load(DK_FAR + at, mask=there, other=0.0)
+        dv += tl.load(DV_FAR + at, mask=there, other=0.0)
+        tl.store(DK + at, (dk * (scale * 0.6931471805599453)).to(k.dtype), mask=there)
+        tl.store(DV + at, dv.to(v.dtype), mask=there)
 
 
 # ---- the operators that torch.compile and autograd see
@@ -223,22 +206,22 @@ def _tiles(q):
     return ((64, 64, 8, 3), (64, 32, 8, 3)) if hopper else ((64, 64, 8, 2), (32, 64, 8, 2))
 
 
-def _run_queries(q, k, v, far, n_far, limits, q_sink, o, lse, do=None, delta=None, dq=None, dq_sink=None):
-    (B, H, Tq, D), (block, tile, warps, stages) = q.shape, _tiles(q)[0]
-    with torch.cuda.device_of(q):
-        _queries[(B * H * triton.cdiv(Tq, block),)](
-            q, q if q_sink is None else q_sink.contiguous(), k, v, far, n_far, o, lse, do, delta, dq, dq_sink, H, Tq,
-            k.shape[2], far.shape[1], *limits, D ** -0.5 / math.log(2), D, block, tile, limits[1] > 0,
-            q_sink is not None, do is not None, num_warps=warps, num_stages=stages)
+def _launch(kernel, tile, rows, tensors, limits, *flags):
+    """Run a kernel on so many rows of every head; tensors begin with q, q_sink, k, v, far."""
+    (B, H, Tq, D), (block, *_, warps, stages) = tensors[0].shape, tile
+    programs = triton.cdiv(rows, block)
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(B * H * programs,)](*tensors, programs, H, Tq, tensors[2].shape[2], tensors[4].shape[1], *limits,
+                                    D ** -0.5 / math.log(2), D, *tile[:2], *flags, num_warps=warps, num_stages=stages)
 
 
 @torch.library.custom_op("nanosep::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, far: Tensor, n_far: Tensor, limits: list[int],
                q_sink: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output (B, H, Tq, D) and the base-2 log-sum-exp of the scores (B, H, Tq) float32; limits: window, sinks, max_seps."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v, meet = (x.contiguous() for x in (q, k, v, q if q_sink is None else q_sink))
     o, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    _run_queries(q, k, v, far, n_far, limits, q_sink, o, lse)
+    _launch(_queries, _tiles(q)[0], q.shape[2], [q, meet, k, v, far, n_far, o, lse, *[None] * 4], limits, q_sink is not None, "forward")
     return o, lse
 
 
@@ -246,22 +229,17 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, far: Tensor, n_far: Tensor, limi
 def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, far: Tensor, n_far: Tensor, limits: list[int],
                         q_sink: Tensor | None, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dq_sink; the last is empty without q_sink. Scores are recomputed from q, k and the log-sum-exp."""
-    (B, H, Tq, D), Tk, S = q.shape, k.shape[2], far.shape[1]
-    q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
-    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
-    dq_sink = q.new_empty(0) if q_sink is None else torch.empty_like(q)
-    _run_queries(q, k, v, far, n_far, limits, q_sink, o, lse, do, delta, dq, dq_sink)
-    dk_far, dv_far = torch.zeros(2, B, H, S, D, dtype=torch.float32, device=q.device)
-    entries = torch.arange(S, dtype=n_far.dtype, device=q.device).expand(B, S).contiguous()
-    first = torch.searchsorted(n_far, entries, right=True).int()  # (B, S): the first query that has each entry behind it
-    rank, sinks, (block, tile, warps, stages) = ranks(far, n_far, Tk).int(), min(limits[1], S), _tiles(q)[1]
-    far_blocks = triton.cdiv(sinks, block) + triton.cdiv(S - sinks, block)
-    with torch.cuda.device_of(q):
-        for is_far, split, blocks in ((True, SPLIT, far_blocks), (False, 1, triton.cdiv(Tk, block))):
-            _keys[(B * H * blocks * split,)](
-                q, q if q_sink is None else q_sink.contiguous(), k, v, far, first, rank, lse, do, delta, dk, dv, dk_far, dv_far,
-                H, Tq, Tk, S, limits[0], sinks, limits[2], D ** -0.5 / math.log(2), D, block, tile, split, is_far,
-                num_warps=warps, num_stages=stages)
+    apart, (B, S), (tile, key_tile) = q_sink is not None, far.shape, _tiles(q)
+    do, q, k, v, meet = (x.contiguous() for x in (do, q, k, v, q_sink if apart else q))
+    dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+    dq_sink = torch.empty_like(q) if apart else q.new_empty(0)
+    _launch(_queries, tile, q.shape[2], [q, meet, k, v, far, n_far, o, lse, do, delta, dq, dq_sink], limits, apart, "dq")
+    dk_far, dv_far = torch.zeros(2, *k.shape, dtype=torch.float32, device=q.device)
+    entries = torch.arange(S, dtype=torch.int32, device=q.device).expand(B, S).contiguous()
+    first = torch.searchsorted(n_far, entries, right=True, out_int32=True)  # (B, S): the first query behind which each entry is
+    tensors = [q, meet, k, v, far, n_far, first, lse, do, delta, dk, dv, dk_far, dv_far]
+    _launch(_keys, key_tile, S + key_tile[0], tensors, limits, True)  # one program more, as sinks have their own
+    _launch(_keys, key_tile, k.shape[2], tensors, limits, False)
     return dq, dk, dv, dq_sink
 
 
