@@ -58,19 +58,19 @@ def require(ok, sentence):
 
 
 def rotation(positions, head_size, dtype):
-    """Cosines and signed sines of rotary embeddings (RoFormer, arXiv 2104.09864): positions (T,) -> two of (T, D).
+    """Cosines and signed sines of rotary embeddings (RoFormer, arXiv 2104.09864): positions (..., T) -> two of (..., T, D).
 
     Angles are products in float64: at position 4,000,000 float32 would be off by a quarter of a radian.
     """
     exponent = torch.arange(0, head_size, 2, dtype=torch.float64, device=positions.device) / head_size
-    angle = positions.double()[:, None] * 10000.0 ** -exponent  # (T, D/2)
+    angle = positions.double()[..., None] * 10000.0 ** -exponent  # (..., T, D/2)
     dtype = torch.promote_types(dtype, torch.float32)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    return torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos_sin):
-    """Turn channel pairs (d, d + D/2) of x (B, H, T, D) by the angles of `rotation`."""
+    """Turn channel pairs (d, d + D/2) of x (..., T, D) by the angles of `rotation`."""
     cos, sin = cos_sin
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -87,13 +87,15 @@ class Block(nn.Module):
         self.up = nn.Linear(C, 4 * C, bias=False)  # GELU, not SwiGLU: one matrix fewer to explain, same loss at this size
         self.down = nn.Linear(4 * C, C, bias=False)
 
-    def attend(self, x, layout, turns, sink_turns, extend):
-        """x (B, T, C) -> (B, T, C). `extend` puts the cache's rows in front of the new keys and values, if there is one."""
+    def attend(self, x, layout, turns, extend):
+        """x (B, T, C) -> (B, T, C). `turns`: the rotation of q, of k and, if need be, of q as the sinks see it, each (2 or 3,
+        1, 1, T, D). `extend` puts the cache's rows in front of the new keys and values, if there is one."""
         (B, T, C), H = x.shape, self.config.n_head
-        qk, v = self.qkv(x).view(B, T, 3 * H, C // H).transpose(1, 2).split([2 * H, H], dim=1)
-        qk = F.rms_norm(qk, (C // H,))  # QK-norm: scores stay bounded, so a high learning rate is safe
-        q, k = rotate(qk, turns).to(v.dtype).chunk(2, dim=1)  # each (B, H, T, D)
-        q_sink = None if sink_turns is None else rotate(qk[:, :H], sink_turns).to(v.dtype)
+        qk, v = self.qkv(x).view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4).split([2, 1])  # (2, B, H, T, D), (1, B, H, T, D)
+        qk, v = F.rms_norm(qk, (C // H,)), v[0]  # QK-norm: scores stay bounded, so a high learning rate is safe
+        if len(turns[0]) == 3:
+            qk = torch.cat([qk, qk[:1]])
+        q, k, *q_sink = rotate(qk, turns).to(v.dtype)  # each (B, H, T, D)
         if extend is not None:
             k, v = extend(k, v)  # (B, H, cached + T, D)
         if self.config.attn == "full":  # the library's fastest form of the same thing
@@ -101,7 +103,7 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal, is_causal=causal is None)
         else:
             window, sinks, max_seps = reach(self.config)
-            y = sep_attention(q, k, v, *layout, window, sinks, max_seps, q_sink)
+            y = sep_attention(q, k, v, *layout, window, sinks, max_seps, *q_sink)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
     def forward(self, x, *where):
@@ -138,19 +140,18 @@ class GPT(nn.Module):
         queries for ever; a query meets them as if it stood at `min(position, block_size)`, the furthest it has learned.
         """
         T, D, device = ids.shape[1], self.config.n_embd // self.config.n_head, ids.device
-        positions = torch.arange(T, device=device)
         if cache is None:
-            layout = far_layout(ids, self.config)
+            positions, layout = torch.arange(T, device=device), far_layout(ids, self.config)
         else:
-            positions = positions + cache.position
-            layout = cache.advance(ids)
+            positions, layout = cache.advance(ids)
         x = self.embed(ids)  # (B, T, C)
-        turns, sink_turns = rotation(positions, D, x.dtype), None
+        at = [positions, positions]  # of q, of k
         if reach(self.config)[1] and (cache is not None or T > self.config.block_size):
-            sink_turns = rotation(positions.clamp(max=self.config.block_size), D, x.dtype)
+            at.append(positions.clamp(max=self.config.block_size))  # and of q as the sinks see it
+        turns = rotation(torch.stack(at)[:, None, None], D, x.dtype)
         for layer, block in enumerate(self.blocks):
             extend = None if cache is None else lambda k, v: cache.extend(layer, k, v)
-            x = block(x, layout, turns, sink_turns, extend)
+            x = block(x, layout, turns, extend)
         logits = F.linear(F.rms_norm(x, (x.shape[2],)), self.embed.weight)  # (B, T, V)
         if targets is None:
             return logits, None

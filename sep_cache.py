@@ -105,8 +105,9 @@ class SepCache:
         self.kv = bigger
 
     def advance(self, ids):
-        """Take in new tokens ids (B, T): returns far, n_far of their queries over [cached rows | new rows] and decides
-        which rows survive. `extend` must follow once for each layer. ValueError if B is not the cache's batch size."""
+        """Take in new tokens ids (B, T): returns their positions (T,) and (far, n_far), the layout of their queries over
+        [cached rows | new rows], None for `full`, and decides which rows survive. `extend` must follow once for each layer.
+        ValueError if B is not the cache's batch size."""
         (B, T), device = ids.shape, ids.device
         if B != self.batch_size:
             raise ValueError(f"this cache holds {self.batch_size} sequences, and got ids of {B}")
@@ -119,7 +120,7 @@ class SepCache:
         if self.full:  # nothing ever leaves: append in place
             if self.n_tokens > self.kv.shape[4]:
                 self._grow(max(self.n_tokens, 2 * self.kv.shape[4]))
-            return None, None
+            return positions, None
 
         slots = torch.arange(self.far_room, device=device)
         kept = torch.cat([slots[:far_room] < self.n_far[:, None], self.near_kept[:, :near],
@@ -141,7 +142,7 @@ class SepCache:
                                     torch.arange(M - next_near, M, device=device).expand(B, -1)], dim=1)
         self.n_far.copy_(n_next.clamp(max=self.far_room))
         self.near_kept[:, :next_near] = kept[:, M - next_near:]
-        return far, n_far
+        return positions, (far, n_far)
 
     def extend(self, layer, k, v):
         """New keys and values (B, H, T, D) of one layer -> those of [cached rows | new rows], each (B, H, M, D)."""
