@@ -1,6 +1,6 @@
 """Measures the results of the README and prints them as markdown. The scripts do the work; finished runs are not repeated.
 
-    python tests/results.py --size cpu                  all of it on 2 CPU cores, about an hour
+    python tests/results.py --size cpu                  all of it on 2 CPU cores, about two hours
     python tests/results.py --size gpu                  the same questions with the baby GPT, on one GPU
     python tests/results.py --size cpu --only recall    one of: scratch, post, free, recall, stream, speed
 """
@@ -20,10 +20,10 @@ from sep_cache import SepCache, far_layout, reach  # noqa: E402
 from train import load_checkpoint, load_data  # noqa: E402
 
 RECALL = ("--data", "recall", "--n_layer", 3, "--n_head", 4, "--n_embd", 128, "--block_size", 64, "--window", 8, "--sinks", 1,
-          "--max_seps", "None", "--batch_size", 64, "--max_steps", 800, "--learning_rate", 1e-3)
+          "--max_seps", "None", "--batch_size", 64, "--max_steps", 3000, "--learning_rate", 1e-3)
 MODES = ("full", "stream", "fixed", "sep")
 SIZES = {
-    "cpu": dict(post=240, free=(8, 16, 32, 64, 128), stream=1_000_000, full=20_000, shapes={"": ()}),
+    "cpu": dict(post=240, free=(8, 16, 32, 64, 128), stream=4_000_000, full=20_000, shapes={"": ()}),
     "gpu": dict(post=480, free=(16, 32, 64, 128, 256), stream=4_000_000, full=100_000, shapes={"": (), "-8192": (
         "--block_size", 8192, "--window", 256, "--max_seps", 512, "--batch_size", 8)}),
 }
@@ -128,9 +128,9 @@ def recall(runs, size):
             distance[row, at] = at - last.get(key, at)
             last[key] = at
     edges = (3, 6, 9, 12, 18, 24, 36, 63)
-    curves = {}
+    curves, learning = {}, {}
     for attn in MODES:
-        train(runs / f"recall-{attn}", "--attn", attn, *RECALL)
+        learning[attn] = losses(train(runs / f"recall-{attn}", "--attn", attn, *RECALL, "--eval_every", 250))
         model = load_checkpoint(runs / f"recall-{attn}" / "ckpt.pt")[0]
         with torch.no_grad():
             right = torch.cat([model(part[:, :-1])[0].argmax(-1) == part[:, 1:] for part in ids.split(100)])
@@ -139,6 +139,8 @@ def recall(runs, size):
     names = [f"{a}-{b - 1}" for a, b in zip(edges, edges[1:])]
     table(("distance", *curves), [(name, *(f"{curve[i]:.1%}" for curve in curves.values())) for i, name in enumerate(names)])
     chart("recall by distance", names, "accuracy", curves)
+    steps = list(learning["full"])[1:]
+    chart("recall: validation loss by step", steps, "nats per byte", {k: [v[step] for step in steps] for k, v in learning.items()})
 
 
 def stream(runs, size):
