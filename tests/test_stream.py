@@ -90,11 +90,11 @@ def test_memory_and_time_are_constant_over_200_000_tokens(seed, tiny, attn):
         read(old)
         if at == 20_000:
             start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # its last thousands against the first of another stream, in turns and the least, because the machine is shared
-    times = torch.tensor([(read(young), read(old)) for _ in range(20)]).amin(dim=0)
+    # each of its last thousands against one of another stream's first, in turns, because the machine is shared
+    slower = torch.tensor([read(old) / read(young) for _ in range(20)]).median()
     assert old.n_tokens == 200_000 and old.nbytes == young.nbytes == nbytes and old.kv.data_ptr() == address
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start < 20_000  # KiB
-    assert times[1] < 1.3 * times[0]
+    assert slower < 1.3
 
 
 @torch.no_grad()
