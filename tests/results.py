@@ -154,9 +154,13 @@ def stream(runs, size):
         model = load_checkpoint(runs / attn / "ckpt.pt")[0].to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         window, max_seps = model.config.window, model.config.max_seps
         model.configure(**(dict(window=window + max_seps) if changes is None else changes))
-        cache = SepCache(model.config, 1, device, model.embed.weight.dtype)
         print(f"scoring {name}", file=sys.stderr)
-        shown[name] = dict(score(model, cache, tokens[:length + 1], device, True), rows=cache.n_rows, MiB=cache.nbytes / 2 ** 20)
+        cache, young = (SepCache(model.config, 1, device, model.embed.weight.dtype) for _ in range(2))
+        shown[name] = score(model, cache, tokens[:length + 1], device, True)
+        if attn != "full":  # the same bytes at the start of a stream: does their position matter?
+            fresh = score(model, young, tokens[length - 100_000:length + 1], device, True)
+            shown[name]["last 100,000, read as a new text"] = fresh["all 100,000"]
+        shown[name] |= dict(rows=cache.n_rows, MiB=cache.nbytes / 2 ** 20)
     names = dict.fromkeys(key for spans in shown.values() for key in spans)
     table(("", *shown), [(key, *(f"{spans[key]:.4g}" if key in spans else "" for spans in shown.values())) for key in names])
 
