@@ -141,32 +141,31 @@ def _keys(Q, Q_SINK, K, V, FAR, N_FAR, FIRST, LSE, DO, DELTA, DK, DV, DK_FAR, DV
           max_seps, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, IS_FAR: tl.constexpr):
     """Each program owns BLOCK keys of one head and walks over the queries that saw them. IS_FAR: keys of the far list, seen
     by every later query, so up to SPLIT programs share these, and add up in float32. Else: rows of the text, seen by `window`
-    queries; these programs run last, add what there is from the far ones, and write dk and dv."""
-    bh, i = tl.program_id(0) // programs, tl.program_id(0) % programs
+    queries; these programs run last, add the far sums, and write dk and dv."""
+    pid, heads, part, parts = tl.program_id(0), tl.num_programs(0) // programs, 0, 1
+    bh, i = (pid % heads, pid // heads) if IS_FAR else (pid // programs, pid % programs)  # far: sinks of all heads first
     rows, keys, b = bh.to(tl.int64) * Tq, bh.to(tl.int64) * Tk * D, (bh // H).to(tl.int64)
-    part, parts = 0, 1
     if IS_FAR:
-        n = tl.load(N_FAR + b * Tq + Tq - 1)  # entries that somebody sees; sinks have blocks, and meet queries, of their own
-        sink_blocks = tl.cdiv(tl.minimum(n, sinks), BLOCK)
-        blocks = sink_blocks + tl.cdiv(tl.maximum(n - sinks, 0), BLOCK)
+        n = tl.load(N_FAR + b * Tq + Tq - 1)  # entries that somebody sees
+        n_sinks, sink_blocks = tl.minimum(n, sinks), tl.cdiv(tl.minimum(n, sinks), BLOCK)  # apart, as their queries are
+        blocks = sink_blocks + tl.cdiv(n - n_sinks, BLOCK)
         parts = tl.minimum(programs // tl.maximum(blocks, 1), SPLIT)
-        block, part = i // parts, i % parts
+        block, part, is_sink = i // parts, i % parts, i // parts < sink_blocks
         if block >= blocks:
             return
-        is_sink, FIRST, FAR = block < sink_blocks, FIRST + b * S, FAR + b * S
-        own = tl.where(is_sink, block, block - sink_blocks) * BLOCK + tl.where(is_sink, 0, sinks) + tl.arange(0, BLOCK)
-        there = own < (tl.minimum(n, sinks) if is_sink else n)
-        later = own + tl.where(is_sink, S, max_seps)  # an entry is seen from when it leaves the window until this one does
-        lo = tl.load(FIRST + own, mask=there, other=Tq)
-        hi = tl.load(FIRST + later, mask=later < n, other=Tq)
-        row = tl.load(FAR + own, mask=there, other=0)
         Q = Q_SINK if is_sink else Q
+        entry = block * BLOCK + tl.arange(0, BLOCK) + tl.where(is_sink, 0, n_sinks - sink_blocks * BLOCK)
+        end = tl.where(is_sink, n_sinks, n)
+        entry, there = b * S + tl.minimum(entry, end - 1), entry < end  # those behind the end do as the last, and add nothing
+        later = entry + tl.where(is_sink, S, max_seps)  # an entry is seen from when it leaves the window until this one does
+        row, lo = tl.load(FAR + entry), tl.load(FIRST + entry)
+        hi = tl.load(FIRST + later, mask=later < b * S + n, other=Tq)
     else:
         row = i * BLOCK + tl.arange(0, BLOCK)
         row, there = tl.minimum(row, Tk - 1), row < Tk
         lo, hi = tl.maximum(row - (Tk - Tq), 0), tl.minimum(row - (Tk - Tq) + window, Tq)
     at, there = row[:, None] * D + tl.arange(0, D), there[:, None]
-    k, v = tl.load(K + keys + at, mask=there, other=0.0), tl.load(V + keys + at, mask=there, other=0.0)
+    k, v = tl.load(K + keys + at), tl.load(V + keys + at)
     zero = tl.zeros([BLOCK, D], tl.float32)
     dk, dv, _ = _walk(zero, zero, 0, k, v, Q + rows * D, DO + rows * D, FAR, LSE + rows, DELTA + rows, lo, hi, part, parts,
                       D, TILE, False, "keys")
@@ -174,8 +173,8 @@ def _keys(Q, Q_SINK, K, V, FAR, N_FAR, FIRST, LSE, DO, DELTA, DK, DV, DK_FAR, DV
         tl.atomic_add(DK_FAR + keys + at, dk, mask=there, sem="relaxed")
         tl.atomic_add(DV_FAR + keys + at, dv, mask=there, sem="relaxed")
     else:
-        dk += tl.load(DK_FAR + keys + at, mask=there, other=0.0)
-        dv += tl.load(DV_FAR + keys + at, mask=there, other=0.0)
+        dk += tl.load(DK_FAR + keys + at)
+        dv += tl.load(DV_FAR + keys + at)
         tl.store(DK + keys + at, (dk * D ** -0.5).to(k.dtype), mask=there)
         tl.store(DV + keys + at, dv.to(v.dtype), mask=there)
 
@@ -281,23 +280,24 @@ def benchmark(T, every, max_seps, window=256, sinks=4, H=12, D=64):
     forms, build = {"sep": lambda: sep_attention(q, k, v, far, n_far, window, sinks, max_seps)}, torch.nan
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION) if T <= 1 << 17 else ():
         forms[backend] = lambda b=backend: sdpa_kernel(b)(F.scaled_dot_product_attention)(q, k, v, is_causal=True)
-    if T <= 1 << 16:  # the same mask, the way of the paper's repository; every mask is a new program
-        torch.compiler.reset()
+    torch.compiler.reset()  # every mask is a new program
+    if T <= 1 << 16:  # the same mask, the way of the paper's repository
         def make():
             return create_block_mask(lambda b, h, i, j: (i >= j) & ((i - j < window) | (j < sinks) | kept[j] & (
                 n_far[0, i] - rank[j] < limit)), None, None, T, T, _compile=True)
         block_mask, build, flex = make(), triton.testing.do_bench(make), torch.compile(flex_attention, dynamic=False)
         forms["flex"] = lambda: flex(q, k, v, block_mask=block_mask)
-    torch.cuda.reset_peak_memory_stats()
-    torch.autograd.grad(forms["sep"](), (q, k, v), grad)
-    memory = torch.cuda.max_memory_allocated() / 2 ** 30
     for name, flops in (("forward", 4), ("forward + backward", 14)):
-        ms = {form: triton.testing.do_bench_cudagraph(run if flops == 4 else lambda: torch.autograd.grad(
-            run(), (q, k, v), grad)) for form, run in forms.items()}
+        runs = {form: run if flops == 4 else lambda run=run: torch.autograd.grad(run(), (q, k, v), grad)
+                for form, run in forms.items()}
+        torch.cuda.reset_peak_memory_stats()
+        runs["sep"]()
+        memory = torch.cuda.max_memory_allocated() / 2 ** 30
+        ms = {form: triton.testing.do_bench_cudagraph(run) for form, run in runs.items()}
         sep, flex_ms, full = ms.pop("sep"), ms.pop("flex", torch.nan), min(ms.values(), default=torch.nan)
         print(f"| {T:,} | {f'every {every}th' if every else f'bytes, {kept.float().mean():.1%}'} | {max_seps} | {name} | "
-              f"{sep:.2f} | {full:.2f} | {full / sep:.1f}x | {full / sep / (T * (T + 1) / 2 / pairs):.0%} | "
-              f"{flops * D * H * pairs / sep / 1e9:.0f} | {flex_ms:.2f} | {build:.1f} | {memory:.2f} |")
+              f"{sep:.3f} | {full:.3f} | {full / sep:.1f}x | {full / sep / (T * (T + 1) / 2 / pairs):.0%} | "
+              f"{flops * D * H * pairs / sep / 1e9:.0f} | {flex_ms:.3f} | {build:.1f} | {memory:.2f} |")
 
 
 def main():
