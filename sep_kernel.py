@@ -283,8 +283,8 @@ def benchmark(T, every, max_seps, window=256, sinks=4, H=12, D=64):
     torch.compiler.reset()  # every mask is a new program
     if T <= 1 << 16:  # the same mask, the way of the paper's repository
         def make():
-            return create_block_mask(lambda b, h, i, j: (i >= j) & ((i - j < window) | (j < sinks) | kept[j] & (
-                n_far[0, i] - rank[j] < limit)), None, None, T, T, _compile=True)
+            return torch.compile(create_block_mask)(lambda b, h, i, j: (i >= j) & (
+                (i - j < window) | (j < sinks) | kept[j] & (n_far[0, i] - rank[j] < limit)), None, None, T, T, device="cuda")
         block_mask, build, flex = make(), triton.testing.do_bench(make), torch.compile(flex_attention, dynamic=False)
         forms["flex"] = lambda: flex(q, k, v, block_mask=block_mask)
     for name, flops in (("forward", 4), ("forward + backward", 14)):
