@@ -96,11 +96,12 @@ def score(model, cache, tokens, device, is_text):
             bar.set_postfix_str(f"perplexity {math.exp(sums[-1] / bar.n):.4f}, {held(cache)}")
     seconds = time.perf_counter() - start
     print(f"| tokens | perplexity |{' bits per byte |' * is_text}\n|---|---|{'---|' * is_text}")
-    for (name, first, last), nats in zip(spans, sums / [last - first for _, first, last in spans]):
+    means = {name: nats / (last - first) for (name, first, last), nats in zip(spans, sums)}
+    for name, nats in means.items():
         print(f"| {name} | {math.exp(nats):.4f} |" + f" {nats / math.log(2):.4f} |" * is_text)
     print(f"{n / seconds:,.0f} tokens/s; {held(cache)}; peak memory {memory:.3f} GiB in the first piece, "
           f"{peak_memory(device):.3f} GiB in all", file=sys.stderr)
-    return {name: math.exp(nats / (last - first)) for (name, first, last), nats in zip(spans, sums)}
+    return {name: math.exp(nats) for name, nats in means.items()}
 
 
 def main():

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -147,11 +147,11 @@ def _keys(Q, Q_SINK, K, V, FAR, N_FAR, FIRST, LSE, DO, DELTA, DK, DV, DK_FAR, DV
     rows, keys, b = bh.to(tl.int64) * Tq, bh.to(tl.int64) * Tk * D, (bh // H).to(tl.int64)
     if IS_FAR:
         n = tl.load(N_FAR + b * Tq + Tq - 1)  # entries that somebody sees
-        n_sinks, sink_blocks = tl.minimum(n, sinks), tl.cdiv(tl.minimum(n, sinks), BLOCK)  # apart, as their queries are
-        blocks = sink_blocks + tl.cdiv(n - n_sinks, BLOCK)
-        parts = tl.minimum(programs // tl.maximum(blocks, 1), SPLIT)
-        block, part, is_sink = i // parts, i % parts, i // parts < sink_blocks
-        if block >= blocks:
+        n_sinks = tl.minimum(n, sinks)  # sinks have blocks of their own, as their queries are others
+        sink_blocks, sep_blocks = tl.cdiv(n_sinks, BLOCK), tl.cdiv(n - n_sinks, BLOCK)
+        parts = tl.minimum(programs // tl.maximum(sink_blocks + sep_blocks, 1), SPLIT)
+        block, part, is_sink = i // parts, i % parts, i < sink_blocks * parts
+        if block >= sink_blocks + sep_blocks:
             return
         Q = Q_SINK if is_sink else Q
         entry = block * BLOCK + tl.arange(0, BLOCK) + tl.where(is_sink, 0, n_sinks - sink_blocks * BLOCK)
@@ -200,7 +200,7 @@ def _launch(kernel, tile, rows, tensors, limits, *flags):
                                     D, *tile[:2], *flags, num_warps=warps, num_stages=stages)
 
 
-@torch.library.custom_op("nanosep::attention", mutates_args=())
+@library.custom_op("nanosep::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, far: Tensor, n_far: Tensor, limits: list[int],
                q_sink: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output (B, H, Tq, D) and the base-2 log-sum-exp of the scores (B, H, Tq) float32; limits: window, sinks, max_seps."""
@@ -211,7 +211,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, far: Tensor, n_far: Tensor, limi
     return o, lse
 
 
-@torch.library.custom_op("nanosep::attention_backward", mutates_args=())
+@library.custom_op("nanosep::attention_backward", mutates_args=())
 def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, far: Tensor, n_far: Tensor, limits: list[int],
                         q_sink: Tensor | None, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dq_sink; the last is empty without q_sink. Scores are recomputed from q, k and the log-sum-exp."""

@@ -2,7 +2,7 @@
 
     python data/prepare.py                          the docstrings of Python, NumPy and torch on this machine, no network
     python data/prepare.py --text FILE_OR_FOLDER    any text of yours; the last tenth of each file is for validation
-    python data/prepare.py --source shakespeare     the small classic, downloaded (1.1 MB)
+    python data/prepare.py --source shakespeare     the small classic, downloaded
     python data/prepare.py --source recall          a ledger of facts, `a7.b2.a7.`: can a model look back past its window?
 
 Tokens are bytes, so every text is valid and nothing has to be learned before training. A folder with nanoGPT's uint16

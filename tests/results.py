@@ -130,7 +130,7 @@ def recall(runs, size):
     edges = (3, 6, 9, 12, 18, 24, 36, 63)
     curves, learning = {}, {}
     for attn in MODES:
-        learning[attn] = losses(train(runs / f"recall-{attn}", "--attn", attn, *RECALL, "--eval_every", 250))
+        learning[attn] = losses(train(runs / f"recall-{attn}", "--attn", attn, *RECALL))
         model = load_checkpoint(runs / f"recall-{attn}" / "ckpt.pt")[0]
         with torch.no_grad():
             right = torch.cat([model(part[:, :-1])[0].argmax(-1) == part[:, 1:] for part in ids.split(100)])

@@ -1,4 +1,5 @@
 """A stream computes what one forward over the whole text computes, in memory that does not grow."""
+import math
 import random
 import resource
 import time
@@ -127,7 +128,6 @@ def test_cache_refuses_another_batch_size(tiny):
 
 
 def test_position_4_000_000_is_as_precise_as_position_4():
-    import math
     for position in (4, 4_000_000, 4_000_000_000):
         cos, sin = rotation(torch.tensor([position]), 8, torch.float32)
         for pair in range(4):
