@@ -1,204 +1,434 @@
-"""Who sees whom: the kept tokens, the far list, and the bounded key/value cache built on them.
+"""Who sees whom: the mask's definition, the far list that replaces it, and the bounded key/value cache.
 
-The one idea: every visible set is an interval of a list. A query sees its window (an interval of the text) and part of
-the *far list*, the positions of the kept tokens in order (sinks first), of which `n_far` have left its window:
+Attention costs T x T because every query looks at every key. SepLLM (arXiv 2412.12094) lets a query look at three
+kinds of keys: its window (the last `window` tokens), the sinks (the first `sinks` tokens of the text) and the
+separators (`. , ? ! ; :` and line breaks). `sees` below is the whole mask; tests hold everything else against it.
 
-    far entries [0, min(sinks, n_far))  and  [max(sinks, n_far - max_seps), n_far)
+The one idea of this file: the sinks and separators, the *kept* tokens, are few and known before the first layer, so
+we write their positions into a list, the *far list*. What a query sees of it are two ranges of entries; with its
+window, three ranges in all. No T x T mask is ever made. The example, used again further down, is the text `a,b.cd`
+with window 2, sinks 1 and block_size 4:
 
-So no T x T mask is ever made; and because the same lists can be laid over "cached rows, then new rows", training,
-prefill and decoding are one function. Read after `model.py` and before `sep_kernel.py`.
-`python sep_cache.py "Some text. And more!"` draws the attention map of a text and the cache after each of its tokens.
+    position      0  1  2  3  4  5        far list  = [0, 1, 3]    the sink `a` and the separators `,` and `.`
+    token         a  ,  b  .  c  d
+    query 0       w                       w  in the window
+    query 1       w  w                    s  a sink that has left the window
+    query 2       s  w  w                 f  a separator that has left the window
+    query 3       s  f  w  w              .  hidden: an ordinary token (position 2),
+    query 4       s  f  .  w  w              or a separator at a distance of block_size or more (position 1)
+    query 5       s  .  .  f  w  w
+
+Read this file first, then `sep_kernel.py` (attention over these ranges) and `model.py`; the cache at the end is best
+read after the model. `python sep_cache.py "Some text. And more!"` draws the map of a text and what the cache holds.
 """
+import argparse
+import functools
 import sys
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def reach(config):
-    """(window, sinks, max_seps) of a GPTConfig as the attention understands them: `full` is an endless window."""
+def sees(i, j, kept, config):
+    """The definition: whether query i sees key j <= i. kept (list of bool): whether each token is kept."""
     if config.attn == "full":
-        return 1 << 30, 0, 0
-    return config.window, config.sinks, 0 if config.attn == "stream" else config.max_seps
+        return True
+    if i - j < config.window:
+        return True
+    if j < config.sinks:
+        return True
+    if not kept[j]:
+        return False
+    newer = sum(kept[m] for m in range(max(j + 1, config.sinks), i - config.window + 1))
+    below_cap = config.max_seps is None or newer < config.max_seps
+    return below_cap and i - j < config.block_size  # the horizon: training has shown no larger distance
+
+
+def option(default, help):
+    """A dataclass field that is also a command line option, with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+def require(ok, sentence):
+    """ValueError with this sentence unless ok."""
+    if not ok:
+        raise ValueError(sentence)
+
+
+@dataclass
+class SepConfig:
+    """The settings of the attention. ValueError names the field that is out of range."""
+    attn: str = option("sep", "full: every token; streamingllm: sinks + window; fixed: these and every fixed_every-th "
+                              "token; sep: these and the separators")
+    window: int = option(64, "a query sees the last `window` tokens, itself included")
+    sinks: int = option(4, "how many of the first tokens of the text stay visible")
+    separators: tuple = tuple(b".,?!;:\n")  # token ids; they belong to the data
+    max_seps: int | None = option(None, "how many separators beyond the window are visible, the latest; None: all "
+                                        "within block_size")
+    fixed_every: int = option(16, "with attn=fixed, the positions divisible by this stay visible")
+    block_size: int = option(256, "training length in tokens, and the horizon: no key but a sink is used at this "
+                                  "distance or more")
+
+    def __post_init__(self):
+        self.separators = tuple(self.separators)
+        require(self.attn in ("full", "streamingllm", "fixed", "sep"),
+                f"attn is {self.attn!r}, and must be one of full, streamingllm, fixed, sep")
+        for name in ("window", "fixed_every", "block_size"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, and must be at least 1")
+        require(self.sinks >= 0, f"sinks is {self.sinks}, and must be at least 0")
+        require(self.max_seps is None or self.max_seps >= 0,
+                f"max_seps is {self.max_seps}, and must be None or at least 0")
+
+    @property
+    def far_capacity(self):
+        """How many far tokens that are not sinks can be visible at once."""
+        if self.attn in ("full", "streamingllm"):
+            return 0
+        within_horizon = max(self.block_size - self.window, 0)
+        return within_horizon if self.max_seps is None else min(self.max_seps, within_horizon)
+
+
+# ---- the far list and its ranges
+
+
+class SepLayout(NamedTuple):
+    """Who sees whom, for the queries of one forward; made once and shared by all layers.
+
+    far (B, S) int32: key rows of the kept tokens, oldest first (so sinks first), padded with 0
+    start, stop (B, T) int32: query t sees the far entries [start, stop), the sinks [0, min(sinks, stop)), its window
+
+    `stop` counts the entries that have left the window of query t. `start >= sinks` is the first one, not a sink, that
+    the cap and the horizon leave visible; it may pass `stop`, then the range is empty. Neither ever decreases from one
+    query to the next. So an entry e is seen by a range of queries, too, which is what the backward pass needs: from the
+    first query with stop > e up to the first with start > e.
+
+    In the example, far = [0, 1, 3]   query   0  1  2  3  4  5      Entry 1, the comma, is seen by queries 3 and 4;
+                                      stop    0  0  1  2  2  3      entry 0, the sink, from query 2 on.
+                                      start   1  1  1  1  1  2
+    """
+    far: Tensor
+    start: Tensor
+    stop: Tensor
+
+
+@functools.lru_cache(maxsize=16)
+@torch.compiler.assume_constant_result
+def separator_table(separators, device):
+    """A bool tensor that answers "is this id a separator?" by one lookup; ids beyond its end share the last entry."""
+    table = torch.zeros(max(separators, default=-1) + 2, dtype=torch.bool)
+    table[list(separators)] = True
+    return table.to(device)
 
 
 def is_kept(ids, positions, config):
     """Which tokens stay visible after they leave the window: ids (B, T), positions (T,) -> bool (B, T)."""
-    kept = (positions < reach(config)[1]).expand(ids.shape)
+    kept = (positions < config.sinks).expand(ids.shape)
     if config.attn == "fixed":
         kept = kept | (positions % config.fixed_every == 0)
     elif config.attn == "sep":
-        for separator in config.separators:  # compared one by one: a table of ids would have to be copied to the GPU
-            kept = kept | (ids == separator)
+        is_separator = separator_table(config.separators, ids.device)
+        kept = kept | is_separator[ids.clamp(max=len(is_separator) - 1)]
     return kept
 
 
-def far_list(kept, window, n_queries):
-    """The far list of M rows and, for the queries at the last `n_queries` of them, how much of it they have behind them.
+def list_kept(kept, positions, n_queries, config):
+    """The layout of the last `n_queries` of M rows, whose positions (B, M) ascend; kept (B, M) bool.
 
-    kept (B, M) bool -> far (B, M) int32: indices of the kept rows in order, padded with 0; n_far (B, n_queries) int32:
-    how many of them are at least `window` rows before the query. Static shapes, no device synchronisation.
+    Static shapes, no device synchronisation.
     """
     B, M = kept.shape
     rank = kept.cumsum(1)  # (B, M) kept rows up to and including each row
     rows = torch.arange(M, dtype=torch.int32, device=kept.device).expand(B, M)
-    far = rows.new_zeros(B, M + 1).scatter_(1, torch.where(kept, rank - 1, M), rows)[:, :M]  # column M takes the rest
-    n_far = F.pad(rank, (min(window, M), 0))[:, M - n_queries:M]  # rank[row - window], 0 before the start
-    return far.contiguous(), n_far.to(torch.int32).contiguous()
+    column = torch.where(kept, rank - 1, M)  # kept rows go to their rank, all others to a spare column that is cut off
+    far = rows.new_zeros(B, M + 1).scatter_(1, column, rows)[:, :M]
+
+    rank = F.pad(rank, (1, 0))  # (B, M + 1) kept rows before each row
+    query_positions = positions[:, M - n_queries:]
+
+    def n_kept_at(distance):
+        """How many kept rows are at this distance or more from each query: (B, n_queries)."""
+        n_rows = torch.searchsorted(positions, query_positions - distance, right=True)
+        return rank.gather(1, n_rows)
+
+    stop = n_kept_at(config.window)
+    start = n_kept_at(config.block_size).clamp(min=config.sinks)  # the horizon
+    if config.max_seps is not None:
+        start = torch.maximum(start, stop - config.max_seps)
+    return SepLayout(far.contiguous(), start.int(), stop.int())
 
 
 def far_layout(ids, config):
-    """The attention layout of whole texts, computed once per forward and shared by all layers (DESIGN: the mask).
-
-    ids (B, T) integer -> far (B, T) int32, the positions of the kept tokens in order, padded with 0;
-    n_far (B, T) int32, how many of them have left the window of each query.
-    """
+    """The SepLayout of whole texts, ids (B, T) integer. With attn="full" there is none: None."""
+    if config.attn == "full":
+        return None
     positions = torch.arange(ids.shape[1], device=ids.device)
-    return far_list(is_kept(ids, positions, config), reach(config)[0], ids.shape[1])
+    kept = is_kept(ids, positions, config)
+    return list_kept(kept, positions.expand(ids.shape).contiguous(), ids.shape[1], config)
+
+
+# ---- the cache
+
+
+class SlotLayout(NamedTuple):
+    """Who sees whom in a decoding step, over the slots of a SepCache.
+
+    visible (B, 1, 1, n_slots) bool: which slots the new token sees; n_sinks: the first slots, scored with q_sink.
+    """
+    visible: Tensor
+    n_sinks: int
+
+
+EMPTY = -(1 << 40)  # the position of a slot that holds no token: further back than any
+ANY_DISTANCE = 1 << 40
 
 
 class SepCache:
-    """Keys and values of the sinks, of the latest `max_seps` separators beyond the window, and of the window.
+    """Keys and values of what the next tokens can still see, in slots. One layer:
 
-    Rows of each layer, (B, H, rows, D): `far_room` slots for far tokens, of which row b fills the first `n_far[b]`, then
-    the last `window - 1` tokens. A forward attends over [cached rows | new rows]; then one gather per layer, with indices
-    computed once, keeps what the next token can still see. Memory is fixed from the start, except where the mask itself
-    has no bound (`max_seps=None`, or `attn="full"`, an ordinary cache): there the room doubles when it is full.
+        | sinks | separators, a ring | spare | the last `window` tokens, a ring |
+        0     sinks                n_far   n_far + 1                         n_slots
 
-    config: a GPTConfig; batch_size: rows, each with its own separators; dtype: of keys and values, default float32.
-    Attributes: `n_tokens` (int) seen so far, `nbytes` (int) held, `n_rows` (float) rows in use per sequence.
+    A token at position p enters the window's slot `p % window`; the token that it replaces has just left the window, and
+    moves to the far slots if it is kept, else to the spare slot that nobody sees. The positions of the slots say who is
+    visible. Softmax does not depend on the order of keys, so a decoding step (one token) attends over the slots where
+    they are. A chunk of several tokens attends over rows in order, [slots sorted by position | new tokens], with a far
+    list as in training; then the slots are filled anew.
+
+    **The promise**: however a text is split into chunks, the logits are those of one forward over the whole text. It
+    holds because each key is seen by ranges of queries that begin at the key (its window, then the far range, a sink's
+    without end): once a key is out of sight, no later query asks for it. A mask in which an old key could become visible
+    again (a summary token that looks back, a cap that counts hidden separators) would break it.
+
+    Costs for a text of T tokens, with w = window and s = sinks + visible separators, at most sinks + far_capacity:
+
+        |                   | full     | sep, streamingllm, fixed    |
+        | training, prefill | T^2 / 2  | T (w + s)                   | query-key pairs
+        | decoding          | T        | w + s                       | query-key pairs per token
+        | cache             | T        | w + sinks + far_capacity    | keys per layer, from the first token on
+
+    config: needs n_layer, n_kv_head, head_dim and the fields of SepConfig. batch_size: each sequence has its own
+    separators. dtype: of keys and values, default float32. With attn="full" it is an ordinary cache that grows.
     """
 
     def __init__(self, config, batch_size=1, device=None, dtype=None):
-        self.config, self.batch_size = config, batch_size
-        self.window, self.sinks, self.max_seps = reach(config)
-        self.full = config.attn == "full"
-        self.far_room = self.sinks + (64 if self.max_seps is None else self.max_seps)
-        near = 0 if self.full else self.window - 1
-        self.kv = torch.zeros(config.n_layer, 2, batch_size, config.n_head, self.far_room + near,
-                              config.n_embd // config.n_head, device=device, dtype=dtype)
-        self.n_far = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.near_kept = torch.zeros(batch_size, near, dtype=torch.bool, device=device)
-        self.position = torch.zeros((), dtype=torch.int64, device=device)  # n_tokens, where a captured step can read it
+        self.config = config
+        self.batch_size = batch_size
         self.n_tokens = 0
+        self.is_full = config.attn == "full"
+        self.n_far = config.sinks + config.far_capacity
+        n_slots = 0 if self.is_full else self.n_far + 1 + config.window
+        shape = (config.n_layer, 2, batch_size, config.n_kv_head, n_slots, config.head_dim)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # 2: keys, values
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # n_tokens, where a captured step can read it
+        self.slot_position = torch.full((batch_size, n_slots), EMPTY, device=device)
+        self.slot_kept = torch.zeros(batch_size, n_slots, dtype=torch.bool, device=device)
+        self.n_seps = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # that have entered their ring
+        reach = [ANY_DISTANCE] * config.sinks + [config.block_size] * config.far_capacity + [0] + [config.window] * config.window
+        self.slot_reach = torch.tensor(reach[:n_slots], device=device)  # seen at distances below this
 
     @property
     def nbytes(self):
-        return self.kv.nbytes + self.n_far.nbytes + self.near_kept.nbytes + self.position.nbytes
+        """Bytes held. Constant, but for attn="full"."""
+        state = (self.position, self.slot_position, self.slot_kept, self.n_seps, self.slot_reach)
+        return self.kv.nbytes + sum(tensor.nbytes for tensor in state)
 
-    def nbytes_of(self, rows):
-        """Bytes of keys and values of so many rows per sequence."""
-        return self.kv[..., :1, :].nbytes * rows if self.kv.shape[4] else 0
+    def nbytes_of(self, n_tokens):
+        """Bytes that an ordinary cache of so many tokens would hold."""
+        layers, two, B, H, _, D = self.kv.shape
+        return layers * two * B * H * D * self.kv.element_size() * n_tokens
 
     @property
     def n_rows(self):
-        return self.n_far.float().mean().item() + min(self.n_tokens, self.window - 1)
+        """How many keys the latest token sees, the mean over the batch."""
+        if self.is_full:
+            return float(self.n_tokens)
+        return self._visible(self.position - 1).sum(1).float().mean().item()
 
-    @property
-    def is_static(self):
-        """Whether no shape will change any more: the window is full, and the mask is bounded."""
-        return not self.full and self.max_seps is not None and self.n_tokens >= self.window - 1
-
-    def _grow(self, rows):
-        bigger = self.kv.new_zeros(*self.kv.shape[:4], rows, self.kv.shape[5])
-        bigger[..., :self.kv.shape[4], :] = self.kv
-        self.kv = bigger
+    def _visible(self, position):
+        return position - self.slot_position < self.slot_reach  # (B, n_slots)
 
     def advance(self, ids):
-        """Take in new tokens ids (B, T): returns their positions (T,) and (far, n_far), the layout of their queries over
-        [cached rows | new rows], None for `full`, and decides which rows survive. `extend` must follow once for each layer.
-        ValueError if B is not the cache's batch size."""
-        (B, T), device = ids.shape, ids.device
-        if B != self.batch_size:
-            raise ValueError(f"this cache holds {self.batch_size} sequences, and got ids of {B}")
-        near, next_near = (min(n, self.window - 1) for n in (self.n_tokens, self.n_tokens + T))
-        far_room = self.far_room if near == self.window - 1 else 0  # before, nothing is far, and slots would look near
-        self.cached = slice(self.far_room - far_room, self.far_room + near)  # what `extend` puts before the new rows
-        positions = self.position + torch.arange(T, device=device)
+        """Take in new tokens ids (B, T), before the first layer; `update` must follow once for each layer.
+
+        Returns their positions (T,) and the layout of their queries over what `update` returns: a SlotLayout for one
+        token, else a SepLayout, or None with attn="full". ValueError if B is not the cache's batch size.
+        """
+        B, T = ids.shape
+        require(B == self.batch_size, f"this cache holds {self.batch_size} sequences, and got ids of {B}")
+        positions = self.position + torch.arange(T, device=ids.device)
+        if self.is_full:
+            layout = None
+            self._reserve(self.n_tokens + T)
+        elif T == 1:
+            layout = self._advance_token(ids, positions)
+        else:
+            layout = self._advance_chunk(ids, positions)
         self.position += T
         self.n_tokens += T
-        if self.full:  # nothing ever leaves: append in place
-            if self.n_tokens > self.kv.shape[4]:
-                self._grow(max(self.n_tokens, 2 * self.kv.shape[4]))
-            return positions, None
+        return positions, layout
 
-        slots = torch.arange(self.far_room, device=device)
-        kept = torch.cat([slots[:far_room] < self.n_far[:, None], self.near_kept[:, :near],
-                          is_kept(ids, positions, self.config)], dim=1)  # (B, M)
-        M = kept.shape[1]
-        far, n_far = far_list(kept, self.window, T)
-        n_next = kept[:, :M - next_near].sum(1)  # far entries of the next token
-        if self.max_seps is None:
-            most = int(n_next.max())
-            if most > self.far_room:
-                self.far_room = max(most, 2 * self.far_room)
-                self._grow(self.far_room + self.near_kept.shape[1])
-                slots = torch.arange(self.far_room, device=device)
-            entries = slots.expand(B, -1)
-        else:  # sinks, then the latest max_seps: entries between them are never seen again
-            skipped = (n_next - self.far_room).clamp(min=0)[:, None]
-            entries = torch.where(slots < self.sinks, slots, slots + skipped)
-        self.survivors = torch.cat([far.long().gather(1, entries.clamp(max=M - 1)),
-                                    torch.arange(M - next_near, M, device=device).expand(B, -1)], dim=1)
-        self.n_far.copy_(n_next.clamp(max=self.far_room))
-        self.near_kept[:, :next_near] = kept[:, M - next_near:]
-        return positions, (far, n_far)
-
-    def extend(self, layer, k, v):
-        """New keys and values (B, H, T, D) of one layer -> those of [cached rows | new rows], each (B, H, M, D)."""
-        store, new = self.kv[layer], torch.stack([k, v])
-        if self.full:
-            store[..., self.n_tokens - k.shape[2]:self.n_tokens, :] = new
-            return store[..., :self.n_tokens, :].unbind(0)
-        rows = torch.cat([store[..., self.cached, :], new], dim=3)  # (2, B, H, M, D)
-        index = self.survivors[None, :, None, :, None].expand(2, -1, rows.shape[2], -1, rows.shape[4])
-        store[..., :index.shape[3], :] = rows.gather(3, index)
+    def update(self, k, v, layer_idx):
+        """Store new keys and values (B, H, T, D) of one layer; returns the keys and values to attend to, (B, H, M, D)."""
+        store = self.kv[layer_idx]  # (2, B, H, n_slots, D)
+        T = k.shape[2]
+        if self.is_full:
+            store[0, :, :, self.n_tokens - T:self.n_tokens] = k
+            store[1, :, :, self.n_tokens - T:self.n_tokens] = v
+            return store[:, :, :, :self.n_tokens].unbind(0)
+        if T == 1:
+            store[0].index_copy_(2, self.new_slot, k)
+            store[1].index_copy_(2, self.new_slot, v)
+            return store.unbind(0)
+        old = _gather_rows(store, self.row_to_slot)
+        rows = torch.cat([old, torch.stack([k, v])], dim=3)  # (2, B, H, M, D)
+        store.copy_(_gather_rows(rows, self.slot_to_row))
         return rows.unbind(0)
+
+    def _reserve(self, n_tokens):
+        """Room for so many tokens, with attn="full": at least doubled whenever it grows."""
+        room = self.kv.shape[4]
+        if n_tokens > room:
+            grown = self.kv.new_zeros(*self.kv.shape[:4], max(n_tokens, 2 * room), self.kv.shape[5])
+            grown[..., :room, :] = self.kv
+            self.kv = grown
+
+    def _advance_token(self, ids, position):
+        """One new token: fixed shapes and addresses, so a GPU can replay it as a captured graph."""
+        config = self.config
+        B = self.batch_size
+
+        # the slot of the new token, and the token that leaves the window with it
+        self.new_slot = self.n_far + 1 + position % config.window  # (1,)
+        leaving = position - config.window  # (1,) its position
+        leaving_kept = self.slot_kept.index_select(1, self.new_slot)  # (B, 1)
+
+        # where it goes: a sink to its own slot, a separator to the next of the ring, anything else to the spare slot
+        ring_slot = config.sinks + self.n_seps % max(config.far_capacity, 1)
+        far_slot = torch.where(leaving < config.sinks, leaving, ring_slot)  # (B, 1)
+        far_slot = torch.where(leaving_kept, far_slot, self.n_far)
+        leaving_kv = self.kv.index_select(4, self.new_slot)  # (n_layer, 2, B, H, 1, D)
+        self.kv.scatter_(4, far_slot.view(1, 1, B, 1, 1, 1).expand(leaving_kv.shape), leaving_kv)
+        self.slot_position.scatter_(1, far_slot, leaving.expand(B, 1))
+        self.slot_kept.scatter_(1, far_slot, leaving_kept)
+        self.n_seps += leaving_kept & (leaving >= config.sinks)
+
+        # the new token in its place
+        self.slot_position.index_copy_(1, self.new_slot, position.expand(B, 1))
+        self.slot_kept.index_copy_(1, self.new_slot, is_kept(ids, position, config))
+        return SlotLayout(self._visible(position)[:, None, None], config.sinks)
+
+    def _advance_chunk(self, ids, positions):
+        """Several new tokens: rows in order of position, a far list over them, then new contents for all slots."""
+        config = self.config
+        B, T = ids.shape
+
+        # 1. the rows to attend to: slots sorted by position, empty ones first, then the new tokens
+        old_positions, slots = self.slot_position.sort(dim=1)  # (B, n_slots)
+        if self.n_tokens < config.window:  # all slots beyond the window are empty, and as rows they would look near
+            first = slots.shape[1] - self.n_tokens
+            old_positions = old_positions[:, first:]
+            slots = slots[:, first:]
+        self.row_to_slot = slots
+        row_positions = torch.cat([old_positions, positions.expand(B, T)], dim=1)  # (B, M)
+        row_kept = torch.cat([self.slot_kept.gather(1, slots), is_kept(ids, positions, config)], dim=1)
+        layout = list_kept(row_kept, row_positions, T, config)
+
+        # 2. what survives in the far slots: the far entries that the last query sees
+        start = layout.start[:, -1:].long()  # (B, 1)
+        stop = layout.stop[:, -1:].long()
+        sink_entries = torch.arange(config.sinks, device=ids.device).expand(B, -1)
+        ring_entries = start + torch.arange(config.far_capacity, device=ids.device)  # (B, far_capacity)
+        entries = torch.cat([sink_entries, ring_entries], dim=1)  # (B, n_far)
+        far_rows = layout.far.long().gather(1, entries.clamp(max=layout.far.shape[1] - 1))
+        far_rows = torch.where(entries < stop, far_rows, -1)  # -1: nothing
+        self.n_seps.copy_((stop - start).clamp(min=0))
+
+        # 3. what survives in the window's slots: the last tokens, at `position % window`
+        last = positions[-1]
+        age = (last - torch.arange(config.window, device=ids.device)) % config.window  # (window,) of each slot's token
+        M = row_positions.shape[1]
+        window_rows = torch.where(age <= last, M - 1 - age, -1).expand(B, -1)
+
+        rows = torch.cat([far_rows, far_rows.new_full((B, 1), -1), window_rows], dim=1)  # (B, n_slots)
+        self.slot_to_row = rows.clamp(min=0)
+        self.slot_position.copy_(torch.where(rows >= 0, row_positions.gather(1, self.slot_to_row), EMPTY))
+        self.slot_kept.copy_(row_kept.gather(1, self.slot_to_row) & (rows >= 0))
+        return layout
+
+
+def _gather_rows(x, index):
+    """x (2, B, H, N, D), index (B, M) -> (2, B, H, M, D)."""
+    two, _, H, _, D = x.shape
+    return x.gather(3, index[None, :, None, :, None].expand(two, -1, H, -1, D))
+
+
+# ---- the map of a text: python sep_cache.py "Some text. And more!"
 
 
 def draw(text, config):
-    """The attention map of a text (str) and the cache's contents after each token, as printable lines."""
+    """The attention map of a text (str), and the cache's contents after each token, as printable lines."""
     ids = torch.tensor([list(text.encode())])  # (1, T)
     T = ids.shape[1]
-    far, n_far = (x[0].tolist() for x in far_layout(ids, config))
-    window, sinks, max_seps = reach(config)
-    # the real cache, with each token's position for its key: what it holds can be read back
+    names = [printable(chr(byte)) for byte in ids[0].tolist()]
+    kept = is_kept(ids, torch.arange(T), config)[0].tolist()
+
+    # the real cache, with each token's position as its key: what it holds can be read back
+    config.n_layer, config.n_kv_head, config.head_dim = 1, 1, 1
     cache = SepCache(config, dtype=torch.float64)
-    names = [c if c.isprintable() else "⏎" if c == "\n" else "·" for c in map(chr, ids[0].tolist())]
-    lines = [f"attention map, one row a query: █ window  ▓ separator  ▒ sink  · hidden    "
-             f"(attn {config.attn}, window {config.window}, sinks {config.sinks}, max_seps {config.max_seps})",
-             "", " " * 6 + "".join(names) + "   the cache after this token: sinks and separators | window"]
+    lines = ["one row a query:  █ window   ▓ separator   ▒ sink   · hidden",
+             f"attn {config.attn}, window {config.window}, sinks {config.sinks}, max_seps {config.max_seps}, "
+             f"block_size {config.block_size}", "",
+             " " * 6 + "".join(names) + "   the cache after this token: sinks and separators | window"]
     for i in range(T):
-        entries = far[:n_far[i]]
-        seps = entries[max(sinks, n_far[i] - (T if max_seps is None else max_seps)):]
-        row = "".join("█" if 0 <= i - j < window else "▒" if j in entries[:sinks] else "▓" if j in seps else
-                      "·" if j <= i else " " for j in range(T))
+        marks = "".join(mark(i, j, kept, config) for j in range(i + 1))
         cache.advance(ids[:, i:i + 1])
-        cache.extend(0, *torch.full((2, 1, 1, 1, 2), float(i), dtype=torch.float64))
-        held = cache.kv[0, 0, 0, 0, :, 0].long().tolist()
-        used, near = int(cache.n_far), min(i + 1, window - 1)
-        near_rows = held[cache.far_room:cache.far_room + near]
-        show = ["".join(names[j] for j in part) for part in (held[:used], near_rows)]
-        lines.append(f"{i:4} {names[i]}{row}   {show[0]} | {show[1]}")
+        key = torch.full((1, 1, 1, 1), float(i), dtype=torch.float64)
+        cache.update(key, key, layer_idx=0)
+        held = sorted(cache.kv[0, 0, 0, 0, cache._visible(cache.position - 1)[0], 0].long().tolist())
+        far = "".join(names[j] for j in held if i - j >= config.window)
+        near = "".join(names[j] for j in held if i - j < config.window)
+        lines.append(f"{i:4} {names[i]}{marks:{T}}   {far} | {near}")
     return lines
 
 
+def mark(i, j, kept, config):
+    """How the map shows key j in the row of query i."""
+    if not sees(i, j, kept, config):
+        return "·"
+    if config.attn == "full" or i - j < config.window:
+        return "█"
+    return "▒" if j < config.sinks else "▓"
+
+
+def printable(char):
+    if char == "\n":
+        return "⏎"
+    return char if char.isprintable() else "·"
+
+
 def main():
-    from model import GPTConfig  # here, because they import this file
-    from train import Parser
-    parser = Parser(description="Draw the attention map of a text, and the cache after each of its tokens.")
+    parser = argparse.ArgumentParser(description="Draw the attention map of a text, and the cache after each token.")
     parser.add_argument("text", help="the text, 1 to 200 bytes")
-    parser.add_config(GPTConfig, ("attn", "window", "sinks", "max_seps", "fixed_every"), "window 8, sinks 2, else GPTConfig's")
-    args = dict(window=8, sinks=2) | vars(parser.parse_args())
+    for name, default in dict(attn="sep", window=8, sinks=2, max_seps=None, fixed_every=16, block_size=256).items():
+        kind = str if name == "attn" else int
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{help_of(name)} (default: {default})")
+    args = vars(parser.parse_args())
     text = args.pop("text")
     if not 1 <= len(text.encode()) <= 200:
         parser.error(f"the text has {len(text.encode())} bytes; a map can show 1 to 200")
     try:
-        config = GPTConfig(n_layer=1, n_head=1, n_embd=2, **args)
+        config = SepConfig(**args)
     except ValueError as error:
         parser.error(str(error))
     sys.stdout.reconfigure(encoding="utf-8")
     print("\n".join(draw(text, config)))
+
+
+def help_of(name):
+    return SepConfig.__dataclass_fields__[name].metadata["help"]
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture
 def seed():
-    """A fresh seed for this test, set everywhere; SEED=n in the environment repeats the one that a failure has printed."""
-    value = int(os.environ.get("SEED", random.SystemRandom().randrange(2 ** 31)))
+    """The seed of this test, set everywhere: 0, or SEED=n of the environment; SEED=random explores. A failure prints it."""
+    chosen = os.environ.get("SEED", "0")
+    value = random.SystemRandom().randrange(2 ** 31) if chosen == "random" else int(chosen)
     print(f"SEED={value}")
     random.seed(value)
     torch.manual_seed(value)

@@ -1,80 +1,86 @@
-"""Who sees whom: the lists and the reference against the definition, written as plain loops."""
+"""Who sees whom: the far list and its ranges against the definition at the top of sep_cache.py."""
 import random
 
 import pytest
 import torch
 
-from sep_cache import far_layout, reach
-from sep_kernel import sep_attention, sep_attention_reference
+from sep_cache import far_layout, sees
+from sep_kernel import sep_attention
 
 
-def dense_mask(ids, config):
-    """The definition: query i sees key j <= i if it is in the window, a sink, or one of the latest separators beyond it."""
+def definition_mask(ids, config):
+    """The T x T mask of one text (a list of ids), from the loop that defines it."""
     T = len(ids)
-    window = T if config.attn == "full" else config.window
-    sinks = 0 if config.attn == "full" else config.sinks
-    limit = T if config.max_seps is None else config.max_seps
+    kept = [j < config.sinks
+            or config.attn == "sep" and ids[j] in config.separators
+            or config.attn == "fixed" and j % config.fixed_every == 0 for j in range(T)]
+    return torch.tensor([[j <= i and sees(i, j, kept, config) for j in range(T)] for i in range(T)])
 
-    def separator(j):
-        return j >= sinks and (config.attn == "sep" and ids[j] in config.separators
-                               or config.attn == "fixed" and j % config.fixed_every == 0)
 
-    def sees(i, j):
-        if j > i:
-            return False
-        later = sum(separator(m) for m in range(j + 1, i - window + 1))
-        return i - j < window or j < sinks or separator(j) and later < limit
-
-    return torch.tensor([[sees(i, j) for j in range(T)] for i in range(T)])
+def definition_masks(ids, config):
+    return torch.stack([definition_mask(text.tolist(), config) for text in ids])
 
 
 def random_case(tiny):
-    config = tiny(attn=random.choice(["full", "stream", "fixed", "sep"]), window=random.choice([1, 2, 5, 17, 60]),
+    """A sparse configuration and a batch of texts, shorter and longer than block_size."""
+    config = tiny(attn=random.choice(["streamingllm", "fixed", "sep"]), window=random.choice([1, 2, 5, 17, 60]),
                   sinks=random.choice([0, 1, 3, 60]), max_seps=random.choice([0, 1, 4, None]),
-                  fixed_every=random.choice([1, 3, 8]), separators=random.choice([(), (1,), (1, 2, 3), tuple(range(12))]))
-    return config, torch.randint(12, (random.randint(1, 3), random.randint(1, 40)))
+                  block_size=random.choice([1, 6, 20, 100]), fixed_every=random.choice([1, 3, 8]),
+                  separators=random.choice([(), (1,), (1, 2, 3), tuple(range(12))]))
+    return config, torch.randint(12, (random.randint(1, 3), random.randint(1, 50)))
 
 
-def test_mask_is_the_definition(seed, tiny):
+def test_the_definition_and_the_list_are_the_worked_example(tiny):
+    """`a,b.cd` in the docstrings of sep_cache.py, with 1 for a separator and 5 for any other token."""
+    config = tiny(attn="sep", window=2, sinks=1, max_seps=None, block_size=4, separators=(1,))
+    ids = [5, 1, 5, 1, 5, 5]
+    rows = ["x.....", "xx....", "xxx...", "xxxx..", "xx.xx.", "x..xxx"]
+    expected = torch.tensor([[char == "x" for char in row] for row in rows])
+    assert torch.equal(definition_mask(ids, config), expected)
+    far, start, stop = far_layout(torch.tensor([ids]), config)
+    assert far[0, :3].tolist() == [0, 1, 3]
+    assert stop[0].tolist() == [0, 0, 1, 2, 2, 3]
+    assert start[0].tolist() == [1, 1, 1, 1, 1, 2]
+
+
+def test_ranges_are_the_definition(seed, tiny):
     for _ in range(300):
         config, ids = random_case(tiny)
-        (B, T), (far, n_far) = ids.shape, far_layout(ids, config)
+        B, T = ids.shape
         q, k = torch.randn(2, B, 1, T, 8, dtype=torch.float64)
         # with the identity for values, the output is the attention: positive exactly where a key is seen
-        attention = sep_attention(q, k, torch.eye(T, dtype=q.dtype).expand(B, 1, T, T), far, n_far, *reach(config), impl="torch")
-        expected = torch.stack([dense_mask(row.tolist(), config) for row in ids])
-        assert torch.equal(attention[:, 0] > 0, expected), config
+        identity = torch.eye(T, dtype=q.dtype).expand(B, 1, T, T)
+        attention = sep_attention(q, k, identity, far_layout(ids, config), config.window, config.sinks, impl="torch")
+        assert torch.equal(attention[:, 0] > 0, definition_masks(ids, config)), config
 
 
-def test_sinks_meet_their_own_query(seed, tiny):
+def test_sinks_beyond_the_window_are_scored_with_q_sink(seed, tiny):
     for _ in range(30):
         config, ids = random_case(tiny)
-        (B, T), (window, sinks, max_seps) = ids.shape, reach(config)
+        B, T = ids.shape
         q, q_sink, k, v = torch.randn(4, B, 2, T, 8, dtype=torch.float64)
-        out = sep_attention(q, k, v, *far_layout(ids, config), window, sinks, max_seps, q_sink)
-        i, j = torch.arange(T)[:, None], torch.arange(T)
-        scores = torch.where((j < sinks) & (i - j >= window), q_sink @ k.mT, q @ k.mT) / 8 ** 0.5
-        mask = torch.stack([dense_mask(row.tolist(), config) for row in ids])[:, None]
+        out = sep_attention(q, k, v, far_layout(ids, config), config.window, config.sinks, q_sink)
+        i = torch.arange(T)[:, None]
+        j = torch.arange(T)
+        is_far_sink = (j < config.sinks) & (i - j >= config.window)
+        scores = torch.where(is_far_sink, q_sink @ k.mT, q @ k.mT) / 8 ** 0.5
+        mask = definition_masks(ids, config)[:, None]
         assert torch.allclose(out, scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v, atol=1e-12)
 
 
 def test_layout_has_static_shapes_and_never_decreases(seed, tiny):
     for _ in range(100):
         config, ids = random_case(tiny)
-        far, n_far = far_layout(ids, config)
-        assert far.shape == n_far.shape == ids.shape and far.dtype == n_far.dtype == torch.int32
-        assert (n_far.diff(dim=1) >= 0).all() and (n_far <= torch.arange(ids.shape[1])).all()
+        far, start, stop = far_layout(ids, config)
+        assert far.shape == start.shape == stop.shape == ids.shape
+        assert far.dtype == start.dtype == stop.dtype == torch.int32
+        assert (stop.diff(dim=1) >= 0).all() and (stop <= torch.arange(ids.shape[1])).all()
+        assert (start.diff(dim=1) >= 0).all() and (start >= config.sinks).all()
+    assert far_layout(ids, tiny(attn="full")) is None
 
 
-def test_library_attention_is_the_reference_without_q_sink(seed, tiny):
-    for _ in range(20):
-        config, ids = random_case(tiny)
-        q, k, v = torch.randn(3, ids.shape[0], 2, ids.shape[1], 8, dtype=torch.float64)
-        layout = *far_layout(ids, config), *reach(config)
-        assert torch.allclose(sep_attention_reference(q, k, v, *layout), sep_attention_reference(q, k, v, *layout, q), atol=1e-12)
-
-
-def test_unknown_impl_is_refused():
+def test_unknown_impl_is_refused(tiny):
+    x = torch.zeros(1, 1, 1, 16)
+    layout = far_layout(torch.zeros(1, 1, dtype=torch.int64), tiny())
     with pytest.raises(ValueError, match="impl is 'cuda'"):
-        x = torch.zeros(1, 1, 1, 16)
-        sep_attention(x, x, x, torch.zeros(1, 1).int(), torch.zeros(1, 1).int(), 1, impl="cuda")
+        sep_attention(x, x, x, layout, 1, impl="cuda")
