@@ -49,6 +49,8 @@ class GPTConfig(SepConfig):
 @torch.compiler.assume_constant_result
 def rope_frequencies(head_dim, base, device):
     """Angle per position of each channel, (D,) float64; the first half is negative, see `rope_cos_sin`."""
+    if device.type == "mps":  # Apple GPUs have no float64
+        device = torch.device("cpu")
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     frequencies = base ** -exponent  # (D / 2,) of the channel pairs
     return torch.cat([-frequencies, frequencies]).to(device)
@@ -61,9 +63,9 @@ def rope_cos_sin(positions, frequencies, dtype):
     cos(-a) = cos(a). Angles are products in float64: at position 4,000,000 float32 would be off by a quarter of a radian.
     `dtype` is the model's; the results have at least float32.
     """
-    angle = positions.double()[:, None] * frequencies  # (T, D)
+    angle = positions.to(frequencies.device).double()[:, None] * frequencies  # (T, D)
     dtype = torch.promote_types(dtype, torch.float32)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return angle.cos().to(positions.device, dtype), angle.sin().to(positions.device, dtype)
 
 
 def apply_rope(x, cos_sin):

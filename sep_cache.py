@@ -223,7 +223,7 @@ class SepCache:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # n_tokens, where a captured step can read it
         self.slot_position = torch.full((batch_size, n_slots), EMPTY, device=device)
         self.slot_kept = torch.zeros(batch_size, n_slots, dtype=torch.bool, device=device)
-        self.n_seps = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # that have entered their ring
+        self.n_seps = torch.full((batch_size, 1), -config.sinks, device=device)  # in the ring so far; sinks come before
         reach = [ANY_DISTANCE] * config.sinks + [config.block_size] * config.far_capacity + [0] + [config.window] * config.window
         self.slot_reach = torch.tensor(reach[:n_slots], device=device)  # seen at distances below this
 
@@ -321,7 +321,7 @@ class SepCache:
         self.sink_keys.copy_(torch.where(is_leaving, leaving_kv[:, 0], self.sink_keys))
         self.slot_position.scatter_(1, far_slot, leaving.expand(B, 1))
         self.slot_kept.scatter_(1, far_slot, leaving_kept)
-        self.n_seps += leaving_kept & (leaving >= config.sinks)
+        self.n_seps += leaving_kept
 
         # the new token in its place
         self.slot_position.index_copy_(1, self.new_slot, position.expand(B, 1))
@@ -355,7 +355,7 @@ class SepCache:
         entries = torch.cat([sink_entries, ring_entries], dim=1)  # (B, n_far)
         far_rows = layout.far.long().gather(1, entries.clamp(max=layout.far.shape[1] - 1))
         far_rows = torch.where(entries < stop, far_rows, -1)  # -1: nothing
-        self.n_seps.copy_((stop - start).clamp(min=0))
+        self.n_seps.copy_(stop - start)
 
         # 3. what survives in the window's slots: the last tokens, at `position % window`
         last = positions[-1]
