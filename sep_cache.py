@@ -10,9 +10,18 @@ prefill and decoding are one function. Read after `model.py` and before `sep_ker
 `python sep_cache.py "Some text. And more!"` draws the attention map of a text and the cache after each of its tokens.
 """
 import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+
+class SepLayout(NamedTuple):
+    """What the queries of a forward see beyond their window."""
+    far: Tensor  # (B, S) int32: key rows of the kept tokens in order, sinks first, padded with 0
+    start: Tensor  # (B, Tq) int32, never decreasing: the first entry, not a sink, that a query sees
+    stop: Tensor  # (B, Tq) int32, never decreasing: how many entries have left a query's window
 
 
 def reach(config):

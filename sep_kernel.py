@@ -1,12 +1,12 @@
-"""Softmax attention over "far list + window": one Triton kernel, forward and backward, and its reference in plain PyTorch.
+"""Attention over a far list and a window: the interface, plain PyTorch, and Triton.
 
-The one idea: the kernel never looks for separators. Every visible set is an interval [lo, hi) of a list (`sep_cache.py`),
-so a program owns a block of rows and *walks* intervals (`_walk`, the only loop): queries over the sinks, the separators
-(rows gathered through the list) and the window; backward, keys over the queries that saw them, again an interval. Tiles
-inside all of a block's intervals need no mask; only those at the edges do. Saved are the output and the log-sum-exp of each
-query; scores are recomputed. A far key is seen by every later query: programs share these, or one would decide the time.
-Read after `sep_cache.py`; flash attention (arXiv 2205.14135) helps. `python sep_kernel.py` checks the kernel against
-float64 and, on a GPU, prints the benchmark.
+The one idea: nothing searches for separators. What a query sees is three ranges, two of the far
+list and one of the text (`SepLayout` in `sep_cache.py`), so sparse attention is flash attention
+whose loops run over ranges. The backward needs no more: a far key is seen by a range of queries.
+
+Read `sep_attention` and the PyTorch form after the far list in `sep_cache.py`; the Triton form when
+you know flash attention (arXiv 2205.14135), best beside Triton's fused-attention tutorial.
+`python sep_kernel.py` runs the kernel's tests.
 """
 from __future__ import annotations
 
@@ -15,305 +15,633 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-from sep_cache import far_list
 
 try:
     import triton
     import triton.language as tl
-    jit, INTERPRET = triton.jit, tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-    SPLIT = tl.constexpr(4)  # programs, at most, that share the queries of a block of far keys
-except ImportError:  # on a Mac, say: the reference serves
-    triton, jit = None, lambda function: function
-
-NO_LIMIT = 1 << 30
+except ImportError:  # on a Mac, say: plain PyTorch serves
+    triton = None
 
 
-def sep_attention_reference(q, k, v, far, n_far, window, sinks=0, max_seps=None, q_sink=None):
-    """`sep_attention` in plain PyTorch with a dense mask: the specification. Any dtype, float64 included."""
-    (Tq, D), Tk, (B, S), n = q.shape[2:], k.shape[2], far.shape, n_far[:, :, None]  # n (B, Tq, 1)
-    ahead = torch.arange(Tk - Tq, Tk, device=q.device)[:, None] - torch.arange(Tk, device=q.device)  # (Tq, Tk)
-    entry = torch.arange(S, device=q.device).expand(B, S)
-    rows = torch.where(entry < n_far[:, -1:], far, Tk).long()  # what nobody sees goes to a row behind the last
-    entry = entry.new_full((B, Tk + 1), S).scatter_(1, rows, entry)[:, None, :Tk]  # (B, 1, Tk), S where nothing becomes far
-    sink = (entry < n) & (entry < sinks)  # (B, Tq, Tk)
-    sep = (entry < n) & (entry >= sinks) & (entry >= n - (NO_LIMIT if max_seps is None else max_seps))
-    visible = ((0 <= ahead) & (ahead < window) | sink | sep)[:, None]  # (B, 1, Tq, Tk)
+def sep_attention(q, k, v, layout, window, sinks=0, q_sink=None, impl="auto"):
+    """Softmax attention of each query over its sinks, its far tokens and its window.
+
+    SepLLM (arXiv 2412.12094, section 3), computed as flash attention (arXiv 2205.14135).
+
+    Args:
+        q: (B, H, Tq, D) queries. Query t stands at key row `Tk - Tq + t`.
+        k, v: (B, H, Tk, D) keys and values, Tk >= Tq.
+        layout: `SepLayout(far, start, stop)`, int32, from `far_layout` or a `SepCache`:
+            far (B, S): key rows of the kept tokens in order, sinks first, padded with 0;
+            start (B, Tq): the first entry of far, not a sink, that query t still sees: never
+            decreasing, at least `sinks`; it may exceed stop, then query t sees no far token;
+            stop (B, Tq): how many entries of far have left the window of query t, never decreasing.
+        window: a query sees the last `window` key rows, its own included.
+        sinks: how many entries at the beginning of far are sinks, which stay visible.
+        q_sink: (B, H, Tq, D), default q: the queries as they are scored against sinks that have
+            left the window.
+        impl: "triton" (bf16, fp16 or fp32; D 16, 32, 64 or 128; Tk * D below 2^31), "torch" (any
+            floating dtype), or "auto": triton on a GPU, torch elsewhere.
+
+    Query t sees three ranges: sinks, entries [0, min(sinks, stop)) of far; far tokens, entries
+    [start, stop) of far; its window, key rows r with `0 <= Tk - Tq + t - r < window`.
+
+    Returns (B, H, Tq, D), differentiable in q, k, v and q_sink.
+    Raises ValueError for an unknown impl, and where impl="triton" cannot do what is asked.
+    """
+    can_do = (
+        triton is not None
+        and q.shape[3] in (16, 32, 64, 128)
+        and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    )
+    needs = ("triton, a CUDA device, D 16, 32, 64 or 128 and bf16, fp16 or fp32; "
+             f"given: D {q.shape[3]}, {q.dtype}, {q.device}")
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl is {impl!r}, and must be auto, triton or torch")
+    if impl == "auto":
+        if q.is_cuda and not can_do:
+            warnings.warn(f"sep_attention runs in plain PyTorch; the kernel needs {needs}",
+                          stacklevel=2)
+        impl = "triton" if q.is_cuda and can_do else "torch"
+    if impl == "torch":
+        return _attention_torch(q, k, v, layout, window, sinks, q_sink)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not can_do or not (q.is_cuda or interpreted):
+        raise ValueError(f"impl='triton' needs {needs}")
+    far, start, stop = layout
+    window = min(window, k.shape[2])  # a longer one means the same, and might not fit into int32
+    out, _ = _attention(q, k, v, far, start, stop, window, sinks, q_sink)
+    return out
+
+
+# ---- plain PyTorch -------------------------------------------------------------------------------
+
+def _attention_torch(q, k, v, layout, window, sinks, q_sink):
+    """`sep_attention` with a dense mask. Any dtype."""
+    far, start, stop = layout
+    Tq, Tk = q.shape[2], k.shape[2]
+    start, stop = start[:, :, None], stop[:, :, None]  # (B, Tq, 1)
+    entry = torch.arange(far.shape[1], device=q.device)  # (S,)
+
+    def rows_of(seen):  # entries of far (B, Tq, S) -> key rows (B, Tq, Tk); column Tk: the rest
+        rows = torch.where(seen, far[:, None].long(), Tk)
+        return seen.new_zeros(len(far), Tq, Tk + 1).scatter_(2, rows, True)[:, :, :Tk]
+
+    sink = rows_of((entry < sinks) & (entry < stop))
+    row = torch.arange(Tk, device=q.device)
+    distance = row[Tk - Tq:, None] - row  # (Tq, Tk)
+    near = (distance >= 0) & (distance < window)
+    visible = sink | rows_of((entry >= start) & (entry < stop)) | near  # (B, Tq, Tk)
     if q_sink is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    scores = torch.where(sink[:, None], q_sink @ k.mT, q @ k.mT) * D ** -0.5  # (B, H, Tq, Tk)
-    return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
+    scores = torch.where(sink[:, None], q_sink @ k.mT, q @ k.mT)  # (B, H, Tq, Tk)
+    scores = scores.masked_fill(~visible[:, None], -torch.inf) * q.shape[3] ** -0.5
+    return scores.softmax(-1) @ v
 
 
-# ---- the kernel. Tensors are contiguous, (B * H, rows, D); a program finds its own rows behind a 64-bit offset.
+# ---- Triton --------------------------------------------------------------------------------------
+#
+# Forward, one query, scores in base 2 (the exponential of a GPU is 2^x):
+#
+#     s = q k^T * D^-0.5 * log2(e)       lse = log2(sum 2^s)       p = 2^(s - lse)       o = p v
+#
+# Online softmax: neither lse nor p is known before all keys have been seen, so a loop over tiles of
+# keys keeps m_i, the largest score so far, l_i, the sum of 2^(s - m_i), and acc, the sum of
+# 2^(s - m_i) v; when m_i grows, the two sums shrink by alpha = 2^(m_old - m_new). At the end
+# o = acc / l_i and lse = m_i + log2(l_i). Only o and lse are kept for the backward.
+#
+# Backward. The scores are computed again; lse is known now, so every tile stands alone:
+#
+#     dv = p^T do        dp = do v^T        ds = p * (dp - delta)        delta = rowsum(do * o)
+#     dq = ds k * D^-0.5                    dk = ds^T q * D^-0.5
+#
+# delta is what the softmax's normalisation takes back: rowsum(p * dp) = do . (p v) = do . o.
+#
+# Four kernels. `_forward` and `_backward_dq`: a program owns BLOCK queries and loops over the keys
+# that they see. `_backward_dkdv_far` and `_backward_dkdv_near`: a program owns BLOCK keys and loops
+# over the queries that see them; it computes the transposed tiles sT, pT, dpT, dsT.
+#
+# The ranges of a block differ from row to row, but neither end ever moves back, so a block of rows
+# sees a staircase. `_count_tiles` cuts it into tiles:
+#
+#     row 0   [==========)                | n_left  | n_full   | n_right |
+#     row 1      [==========)             |         |          |         |
+#     row 2         [==========)          every row of the block sees all of the full tiles, so
+#             |left |full|right|          only tiles at the left and at the right need a mask
+#
+# Tensors are contiguous. A program moves its pointers to its head by a 64-bit offset; offsets
+# inside of a head are 32 bits wide.
+
+if triton is None:
+    def jit(function):
+        return function
+    kernel = jit
+else:
+    jit = triton.jit
+    # integers do not become part of the compiled program: one compilation serves all lengths
+    kernel = triton.jit(do_not_specialize=["H", "Tq", "Tk", "S", "window", "sinks", "far_programs"])
+    LOG2E = tl.constexpr(1.4426950408889634)
+    SINK_TILE = tl.constexpr(16)  # the smallest that a tensor core takes; sinks are few
+    MAX_SPLITS = tl.constexpr(4)  # programs, at most, that share the queries of a block of far keys
+    INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
 
 @jit
 def _dot(a, b):
     """A matrix product summed in float32; float32 inputs are not rounded to tf32."""
-    if INTERPRET:  # the interpreter holds bf16 as bare bits, and would multiply those
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    if INTERPRETED:  # the interpreter keeps bf16 as bare bits, and would multiply those
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
 
 
 @jit
-def _walk(acc, m, l, a, b, X, Y, FAR, LSE, DELTA, lo, hi, part, parts, D: tl.constexpr, TILE: tl.constexpr,
-          GATHER: tl.constexpr, PASS: tl.constexpr):
-    """The one loop: a block of rows walks over its intervals [lo, hi) of other rows, TILE at a time.
+def _count_tiles(lo, hi, TILE: tl.constexpr):
+    """The tiles of a block whose row r sees the range [lo[r], hi[r]); some of them need no mask."""
+    first = tl.min(lo, 0)
+    last = tl.max(hi, 0)
+    full_lo = tl.max(lo, 0)
+    full_hi = tl.min(hi, 0)
+    n_left = tl.cdiv(full_lo - first, TILE)
+    n_full = tl.maximum(full_hi - full_lo, 0) // TILE
+    n_right = tl.cdiv(tl.maximum(last - full_lo - n_full * TILE, 0), TILE)
+    return first, last, full_lo, n_left, n_full, n_right
 
-    PASS        the block a, b    the others X, Y    acc, m, l: what is summed up, or known
-    "forward"   queries, -        keys, values       output, the largest score and the sum so far (online softmax)
-    "dq"        queries, do       keys, values       dq; the log-sum-exp and the delta of each query
-    "keys"      keys, values      queries, do        dk, dv, -
-    GATHER: the intervals are of the list FAR, which says where the rows are. Of `parts` programs this is number `part`.
+
+@jit
+def _n_tiles(tiles, MASKED: tl.constexpr):
+    _, _, _, n_left, n_full, n_right = tiles
+    if MASKED:
+        n = n_left + n_right
+    else:
+        n = n_full
+    return n
+
+
+@jit
+def _tile_entries(i, tiles, TILE: tl.constexpr, MASKED: tl.constexpr):
+    """The i-th full tile, or the i-th masked one: its entries (TILE,), and which of them to load.
+
+    A masked tile may reach past the ends of the range; there it loads the first or the last entry.
     """
-    scale: tl.constexpr = D ** -0.5 * 1.4426950408889634  # scores in base 2
-    start, first, last = tl.max(lo, 0), tl.min(lo, 0), tl.max(hi, 0)
-    inner = tl.maximum(tl.min(hi, 0) - start, 0) // TILE  # tiles that all rows of the block see whole,
-    head = tl.cdiv(start - first, TILE)  # and masked tiles: before these,
-    edges = head + tl.cdiv(tl.maximum(last - start - inner * TILE, 0), TILE)  # and behind
-    for MASK in tl.static_range(2):
-        for i in range(part, edges if MASK else inner, parts):
-            entry = start + (i - head + tl.where(i < head, 0, inner) if MASK else i) * TILE + tl.arange(0, TILE)
-            row = tl.minimum(tl.maximum(entry, first), last - 1) if MASK else entry
-            row = tl.load(FAR + row) if GATHER else row
-            at = row[:, None] * D + tl.arange(0, D)
-            x, y = tl.load(X + at), tl.load(Y + at)
-            s = _dot(a, tl.trans(x))  # (BLOCK, TILE)
-            if MASK:
-                s = tl.where((entry >= lo[:, None]) & (entry < hi[:, None]), s, float("-inf"))
-            if PASS == "forward":
-                new_m = tl.maximum(m, tl.max(s, 1) * scale)
-                p, shrink = tl.exp2(s * scale - new_m[:, None]), tl.exp2(m - new_m)
-                acc = acc * shrink[:, None] + _dot(p.to(y.dtype), y)
-                m, l = new_m, l * shrink + tl.sum(p, 1)
-            else:
-                lse = m[:, None] if PASS == "dq" else tl.load(LSE + row)[None, :]
-                delta = l[:, None] if PASS == "dq" else tl.load(DELTA + row)[None, :]
-                p = tl.exp2(s * scale - lse)
-                if PASS == "keys":
-                    m += _dot(p.to(y.dtype), y)
-                ds = p * (_dot(b, tl.trans(y)) - delta)
-                acc += _dot(ds.to(x.dtype), x)
-    return acc, m, l
+    first, last, full_lo, n_left, n_full, _ = tiles
+    if MASKED:
+        tile = i - n_left + tl.where(i < n_left, 0, n_full)
+        entry = full_lo + tile * TILE + tl.arange(0, TILE)
+        to_load = tl.minimum(tl.maximum(entry, first), last - 1)
+    else:
+        entry = full_lo + i * TILE + tl.arange(0, TILE)
+        to_load = entry
+    return entry, to_load
+
+
+# -- forward
+
+@jit
+def _forward_loop(acc, m_i, l_i, q, K, V, FAR, lo, hi, D: tl.constexpr, TILE: tl.constexpr,
+                  GATHER: tl.constexpr, STAGES: tl.constexpr):
+    """Online softmax of a block of queries, each over its keys [lo, hi); GATHER: entries of FAR."""
+    scale: tl.constexpr = D ** -0.5 * LOG2E
+    tiles = _count_tiles(lo, hi, TILE)
+    for MASKED in tl.static_range(2):  # compiled twice: without the mask, and with it
+        for i in tl.range(0, _n_tiles(tiles, MASKED), num_stages=STAGES):
+            entry, row = _tile_entries(i, tiles, TILE, MASKED)
+            if GATHER:
+                row = tl.load(FAR + row)
+            offset = row[:, None] * D + tl.arange(0, D)
+            k = tl.load(K + offset)  # (TILE, D)
+            v = tl.load(V + offset)
+            s = _dot(q, tl.trans(k))  # (BLOCK, TILE), not scaled yet
+            if MASKED:
+                visible = (entry >= lo[:, None]) & (entry < hi[:, None])
+                s = tl.where(visible, s, float("-inf"))
+            m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
+            alpha = tl.exp2(m_i - m_new)
+            p = tl.exp2(s * scale - m_new[:, None])
+            l_i = l_i * alpha + tl.sum(p, 1)
+            acc = acc * alpha[:, None] + _dot(p.to(v.dtype), v)
+            m_i = m_new
+    return acc, m_i, l_i
 
 
 @jit
-def _queries(Q, Q_SINK, K, V, FAR, N_FAR, O, LSE, DO, DELTA, DQ, DQ_SINK, programs, H, Tq, Tk, S, window, sinks, max_seps,
-             D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, APART: tl.constexpr, PASS: tl.constexpr):
-    """Each program owns BLOCK queries of one head: their output and log-sum-exp, or their delta, dq and (APART) dq_sink."""
-    bh, block = tl.program_id(0) // programs, programs - 1 - tl.program_id(0) % programs  # the longest lists first
-    rows, keys, b = bh.to(tl.int64) * Tq, bh.to(tl.int64) * Tk * D, (bh // H).to(tl.int64)
-    t = block * BLOCK + tl.arange(0, BLOCK)
-    t, own = tl.minimum(t, Tq - 1), t < Tq  # rows behind the last do as the last one does, and are not stored
-    at = t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
-    n, row = tl.load(N_FAR + b * Tq + t), Tk - Tq + t  # far entries behind each query, and the key row where it stands
-    FAR, K, V = FAR + b * S, K + keys, V + keys
-    Q, Q_SINK, O, LSE = Q + rows * D, Q_SINK + rows * D, O + rows * D, LSE + rows
-    q, acc = tl.load(Q + at), tl.zeros([BLOCK, D], tl.float32)
-    do, m, l = q, tl.full([BLOCK], -1e30, tl.float32), tl.zeros([BLOCK], tl.float32)
-    if PASS == "dq":
-        do, m = tl.load(DO + rows * D + at), tl.load(LSE + t)
-        l = tl.sum(tl.load(O + at).to(tl.float32) * do.to(tl.float32), 1)
-        tl.store(DELTA + rows + t, l, mask=own)
-    meet, seen = tl.load(Q_SINK + at) if APART else q, tl.minimum(n, sinks)
-    acc, m, l = _walk(acc, m, l, meet, do, K, V, FAR, LSE, DELTA, tl.zeros_like(n), seen, 0, 1, D, 16, True, PASS)
-    if APART and PASS == "dq":
-        tl.store(DQ_SINK + rows * D + at, (acc * D ** -0.5).to(q.dtype), mask=own[:, None])
-        acc = tl.zeros([BLOCK, D], tl.float32)
-    acc, m, l = _walk(acc, m, l, q, do, K, V, FAR, LSE, DELTA, tl.maximum(n - max_seps, seen), n, 0, 1, D, TILE, True, PASS)
-    first = tl.maximum(row - window + 1, 0)
-    acc, m, l = _walk(acc, m, l, q, do, K, V, FAR, LSE, DELTA, first, row + 1, 0, 1, D, TILE, False, PASS)
-    if PASS == "dq":
-        tl.store(DQ + rows * D + at, (acc * D ** -0.5).to(q.dtype), mask=own[:, None])
-    else:
-        tl.store(O + at, (acc / l[:, None]).to(q.dtype), mask=own[:, None])
-        tl.store(LSE + t, m + tl.log2(l), mask=own)
+def _query_block(Tq, BLOCK: tl.constexpr):
+    """A program's head (of all B * H) and its queries (BLOCK,), the last first: they see most."""
+    n_blocks = tl.cdiv(Tq, BLOCK)
+    bh = tl.program_id(0) // n_blocks
+    block = n_blocks - 1 - tl.program_id(0) % n_blocks
+    return bh.to(tl.int64), block * BLOCK + tl.arange(0, BLOCK)
 
 
 @jit
-def _keys(Q, Q_SINK, K, V, FAR, N_FAR, FIRST, LSE, DO, DELTA, DK, DV, DK_FAR, DV_FAR, programs, H, Tq, Tk, S, window, sinks,
-          max_seps, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, IS_FAR: tl.constexpr):
-    """Each program owns BLOCK keys of one head and walks over the queries that saw them. IS_FAR: keys of the far list, seen
-    by every later query, so up to SPLIT programs share these, and add up in float32. Else: rows of the text, seen by `window`
-    queries; these programs run last, add the far sums, and write dk and dv."""
-    pid, heads, part, parts = tl.program_id(0), tl.num_programs(0) // programs, 0, 1
-    bh, i = (pid % heads, pid // heads) if IS_FAR else (pid // programs, pid % programs)  # far: sinks of all heads first
-    rows, keys, b = bh.to(tl.int64) * Tq, bh.to(tl.int64) * Tk * D, (bh // H).to(tl.int64)
-    if IS_FAR:
-        n = tl.load(N_FAR + b * Tq + Tq - 1)  # entries that somebody sees
-        n_sinks = tl.minimum(n, sinks)  # sinks have blocks of their own, as their queries are others
-        sink_blocks, sep_blocks = tl.cdiv(n_sinks, BLOCK), tl.cdiv(n - n_sinks, BLOCK)
-        parts = tl.minimum(programs // tl.maximum(sink_blocks + sep_blocks, 1), SPLIT)
-        block, part, is_sink = i // parts, i % parts, i < sink_blocks * parts
-        if block >= sink_blocks + sep_blocks:
-            return
-        Q = Q_SINK if is_sink else Q
-        entry = block * BLOCK + tl.arange(0, BLOCK) + tl.where(is_sink, 0, n_sinks - sink_blocks * BLOCK)
-        end = tl.where(is_sink, n_sinks, n)
-        entry, there = b * S + tl.minimum(entry, end - 1), entry < end  # those behind the end do as the last, and add nothing
-        later = entry + tl.where(is_sink, S, max_seps)  # an entry is seen from when it leaves the window until this one does
-        row, lo = tl.load(FAR + entry), tl.load(FIRST + entry)
-        hi = tl.load(FIRST + later, mask=later < b * S + n, other=Tq)
-    else:
-        row = i * BLOCK + tl.arange(0, BLOCK)
-        row, there = tl.minimum(row, Tk - 1), row < Tk
-        lo, hi = tl.maximum(row - (Tk - Tq), 0), tl.minimum(row - (Tk - Tq) + window, Tq)
-    at, there = row[:, None] * D + tl.arange(0, D), there[:, None]
-    k, v = tl.load(K + keys + at), tl.load(V + keys + at)
-    zero = tl.zeros([BLOCK, D], tl.float32)
-    dk, dv, _ = _walk(zero, zero, 0, k, v, Q + rows * D, DO + rows * D, FAR, LSE + rows, DELTA + rows, lo, hi, part, parts,
-                      D, TILE, False, "keys")
-    if IS_FAR:
-        tl.atomic_add(DK_FAR + keys + at, dk, mask=there, sem="relaxed")
-        tl.atomic_add(DV_FAR + keys + at, dv, mask=there, sem="relaxed")
-    else:
-        dk += tl.load(DK_FAR + keys + at)
-        dv += tl.load(DV_FAR + keys + at)
-        tl.store(DK + keys + at, (dk * D ** -0.5).to(k.dtype), mask=there)
-        tl.store(DV + keys + at, dv.to(v.dtype), mask=there)
+def _query_ranges(START, STOP, t, Tq, Tk, window, sinks, HAS_Q_SINK: tl.constexpr):
+    """Three ranges for queries t (BLOCK,): sinks [0, sink_hi), far entries, rows of the window."""
+    start = tl.load(START + t)
+    stop = tl.load(STOP + t)
+    sink_hi = tl.minimum(stop, sinks)
+    far_lo = tl.minimum(start, stop)  # start may be past stop: an empty range
+    if not HAS_Q_SINK:
+        # where nothing after the sinks is dropped, one range over both saves a loop
+        joined = tl.max(start, 0) <= sinks
+        sink_hi = tl.where(joined, 0, sink_hi)
+        far_lo = tl.where(joined, 0, far_lo)
+    near_hi = Tk - Tq + t + 1
+    near_lo = tl.maximum(near_hi - window, 0)
+    return sink_hi, far_lo, stop, near_lo, near_hi
 
 
-# ---- the operators that torch.compile and autograd see
+@kernel
+def _forward(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, H, Tq, Tk, S, window, sinks,
+             D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+             FAR_STAGES: tl.constexpr, HAS_Q_SINK: tl.constexpr):
+    """The output of BLOCK queries of one head, and the log-sum-exp of their scores."""
+    bh, t = _query_block(Tq, BLOCK)
+    mask_m = t < Tq
+    t = tl.minimum(t, Tq - 1)  # queries past the end repeat the last one, and are not stored
+    b = bh // H
+    FAR += b * S
+    K += bh * Tk * D
+    V += bh * Tk * D
+    sink_hi, far_lo, far_hi, near_lo, near_hi = _query_ranges(
+        START + b * Tq, STOP + b * Tq, t, Tq, Tk, window, sinks, HAS_Q_SINK)
+
+    offset = bh * Tq * D + t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
+    q = tl.load(Q + offset)
+    if HAS_Q_SINK:
+        q_sink = tl.load(Q_SINK + offset)
+    else:
+        q_sink = q
+    acc = tl.zeros([BLOCK, D], tl.float32)
+    m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf: a row without keys yet has m_i - m_i = 0
+    l_i = tl.zeros([BLOCK], tl.float32)
+    acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q_sink, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
+                                  D, SINK_TILE, GATHER=True, STAGES=1)
+    acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, far_lo, far_hi,
+                                  D, TILE, GATHER=True, STAGES=FAR_STAGES)
+    acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, near_lo, near_hi,
+                                  D, TILE, GATHER=False, STAGES=STAGES)
+    tl.store(OUT + offset, (acc / l_i[:, None]).to(q.dtype), mask=mask_m[:, None])
+    tl.store(LSE + bh * Tq + t, m_i + tl.log2(l_i), mask=mask_m)
+
+
+# -- backward, queries: dq
+
+@jit
+def _dq_loop(dq, q, do, lse, delta, K, V, FAR, lo, hi, D: tl.constexpr, TILE: tl.constexpr,
+             GATHER: tl.constexpr, STAGES: tl.constexpr):
+    """Adds to dq of a block of queries, not scaled, what the keys [lo, hi) of each contribute."""
+    scale: tl.constexpr = D ** -0.5 * LOG2E
+    tiles = _count_tiles(lo, hi, TILE)
+    for MASKED in tl.static_range(2):
+        for i in tl.range(0, _n_tiles(tiles, MASKED), num_stages=STAGES):
+            entry, row = _tile_entries(i, tiles, TILE, MASKED)
+            if GATHER:
+                row = tl.load(FAR + row)
+            offset = row[:, None] * D + tl.arange(0, D)
+            k = tl.load(K + offset)  # (TILE, D)
+            v = tl.load(V + offset)
+            s = _dot(q, tl.trans(k))  # (BLOCK, TILE)
+            if MASKED:
+                visible = (entry >= lo[:, None]) & (entry < hi[:, None])
+                s = tl.where(visible, s, float("-inf"))
+            p = tl.exp2(s * scale - lse[:, None])
+            dp = _dot(do, tl.trans(v))
+            ds = p * (dp - delta[:, None])
+            dq += _dot(ds.to(k.dtype), k)
+    return dq
+
+
+@kernel
+def _backward_dq(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, DO, DELTA, DQ, DQ_SINK,
+                 H, Tq, Tk, S, window, sinks,
+                 D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+                 FAR_STAGES: tl.constexpr, HAS_Q_SINK: tl.constexpr):
+    """dq and delta of BLOCK queries of one head, and dq_sink where there is a q_sink."""
+    bh, t = _query_block(Tq, BLOCK)
+    mask_m = t < Tq
+    t = tl.minimum(t, Tq - 1)
+    b = bh // H
+    FAR += b * S
+    K += bh * Tk * D
+    V += bh * Tk * D
+    sink_hi, far_lo, far_hi, near_lo, near_hi = _query_ranges(
+        START + b * Tq, STOP + b * Tq, t, Tq, Tk, window, sinks, HAS_Q_SINK)
+
+    offset = bh * Tq * D + t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
+    do = tl.load(DO + offset)
+    out = tl.load(OUT + offset)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(DELTA + bh * Tq + t, delta, mask=mask_m)  # for dk and dv
+    lse = tl.load(LSE + bh * Tq + t)
+    q = tl.load(Q + offset)
+    if HAS_Q_SINK:
+        q_sink = tl.load(Q_SINK + offset)
+    else:
+        q_sink = q
+    dq = tl.zeros([BLOCK, D], tl.float32)
+    dq = _dq_loop(dq, q_sink, do, lse, delta, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
+                  D, SINK_TILE, GATHER=True, STAGES=1)
+    if HAS_Q_SINK:
+        tl.store(DQ_SINK + offset, (dq * D ** -0.5).to(q.dtype), mask=mask_m[:, None])
+        dq = tl.zeros([BLOCK, D], tl.float32)
+    dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, far_lo, far_hi,
+                  D, TILE, GATHER=True, STAGES=FAR_STAGES)
+    dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, near_lo, near_hi,
+                  D, TILE, GATHER=False, STAGES=STAGES)
+    tl.store(DQ + offset, (dq * D ** -0.5).to(q.dtype), mask=mask_m[:, None])
+
+
+# -- backward, keys: dk and dv
+
+@jit
+def _dkdv_loop(dk, dv, k, v, Q, DO, LSE, DELTA, lo, hi, split, num_splits,
+               D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):
+    """Adds to dk (not scaled) and dv of a block of keys what each one's queries [lo, hi) contribute.
+
+    Of `num_splits` programs that share these queries this is number `split`.
+    """
+    scale: tl.constexpr = D ** -0.5 * LOG2E
+    tiles = _count_tiles(lo, hi, TILE)
+    for MASKED in tl.static_range(2):
+        for i in tl.range(split, _n_tiles(tiles, MASKED), num_splits, num_stages=STAGES):
+            query, t = _tile_entries(i, tiles, TILE, MASKED)
+            offset = t[:, None] * D + tl.arange(0, D)
+            q = tl.load(Q + offset)  # (TILE, D)
+            do = tl.load(DO + offset)
+            lse = tl.load(LSE + t)
+            delta = tl.load(DELTA + t)
+            sT = _dot(k, tl.trans(q))  # (BLOCK, TILE)
+            if MASKED:
+                visible = (query >= lo[:, None]) & (query < hi[:, None])
+                sT = tl.where(visible, sT, float("-inf"))
+            pT = tl.exp2(sT * scale - lse[None, :])
+            dv += _dot(pT.to(do.dtype), do)
+            dpT = _dot(v, tl.trans(do))
+            dsT = pT * (dpT - delta[None, :])
+            dk += _dot(dsT.to(q.dtype), q)
+    return dk, dv
+
+
+@jit
+def _far_blocks(n_far, sinks, far_programs, BLOCK: tl.constexpr):
+    """How the programs of a head share the n_far entries of far that some query sees.
+
+    Sinks have blocks of their own, since they have other queries. There are programs for S entries,
+    and most lists are much shorter: up to MAX_SPLITS programs share the queries of a block.
+    """
+    n_sinks = tl.minimum(n_far, sinks)
+    n_sink_blocks = tl.cdiv(n_sinks, BLOCK)
+    n_blocks = n_sink_blocks + tl.cdiv(n_far - n_sinks, BLOCK)
+    num_splits = tl.minimum(far_programs // tl.maximum(n_blocks, 1), MAX_SPLITS)
+    return n_sinks, n_sink_blocks, n_blocks, num_splits
+
+
+@kernel
+def _backward_dkdv_far(Q, Q_SINK, K, V, FAR, STOP, FIRST_QUERY, END_QUERY, LSE, DO, DELTA,
+                       DK_FAR, DV_FAR, H, Tq, Tk, S, sinks, far_programs,
+                       D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+                       STAGES: tl.constexpr):
+    """What a share of the queries that see BLOCK entries of far add to dk and dv, in float32.
+
+    Entry e is seen by the queries [FIRST_QUERY[e], END_QUERY[e]). Program i of a head writes rows
+    [i * BLOCK, (i + 1) * BLOCK) of DK_FAR and DV_FAR. No two programs write the same row, so
+    nothing has to be zeroed, nothing is added atomically, and every run gives the same gradients.
+    """
+    n_heads = tl.num_programs(0) // far_programs
+    bh = (tl.program_id(0) % n_heads).to(tl.int64)  # sinks of all heads first: they take longest
+    i = tl.program_id(0) // n_heads
+    b = bh // H
+    n_far = tl.load(STOP + b * Tq + Tq - 1)
+    n_sinks, n_sink_blocks, n_blocks, num_splits = _far_blocks(n_far, sinks, far_programs, BLOCK)
+    block = i // num_splits
+    split = i % num_splits
+    if block >= n_blocks:
+        return
+
+    if block < n_sink_blocks:
+        QUERIES = Q_SINK
+        entry = block * BLOCK
+        end = n_sinks
+    else:
+        QUERIES = Q
+        entry = n_sinks + (block - n_sink_blocks) * BLOCK
+        end = n_far
+    # entries past the end repeat the last one; nobody reads their sums
+    entry = tl.minimum(entry + tl.arange(0, BLOCK), end - 1)
+    row = tl.load(FAR + b * S + entry)
+    lo = tl.load(FIRST_QUERY + b * S + entry)
+    hi = tl.load(END_QUERY + b * S + entry)
+    offset = bh * Tk * D + row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
+    k = tl.load(K + offset)
+    v = tl.load(V + offset)
+    dk = tl.zeros([BLOCK, D], tl.float32)
+    dv = tl.zeros([BLOCK, D], tl.float32)
+    queries = bh * Tq
+    dk, dv = _dkdv_loop(dk, dv, k, v, QUERIES + queries * D, DO + queries * D, LSE + queries,
+                        DELTA + queries, lo, hi, split, num_splits, D, TILE, STAGES)
+    sums = (bh * far_programs + i) * BLOCK * D
+    offset = sums + tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, D)
+    tl.store(DK_FAR + offset, dk)
+    tl.store(DV_FAR + offset, dv)
+
+
+@jit
+def _add_splits(SUMS, num_splits, is_far, BLOCK: tl.constexpr, D: tl.constexpr,
+                FAR_BLOCK: tl.constexpr):
+    """The sums (BLOCK, D) that the programs of the far pass have written; 0 where a key is not far."""
+    total = tl.zeros([BLOCK, D], tl.float32)
+    for split in range(num_splits):
+        total += tl.load(SUMS + split * FAR_BLOCK * D, mask=is_far[:, None], other=0.0)
+    return total
+
+
+@kernel
+def _backward_dkdv_near(Q, K, V, STOP, ENTRY, LSE, DO, DELTA, DK, DV, DK_FAR, DV_FAR,
+                        H, Tq, Tk, window, sinks, far_programs,
+                        D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+                        STAGES: tl.constexpr, FAR_BLOCK: tl.constexpr):
+    """dk and dv of BLOCK key rows: the sums of the far pass, and what the queries near them add.
+
+    ENTRY (B, Tk): the entry of far that stands at a key row, -1 if it never leaves a window.
+    """
+    n_blocks = tl.cdiv(Tk, BLOCK)
+    bh = (tl.program_id(0) // n_blocks).to(tl.int64)
+    b = bh // H
+    row = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)
+    mask_n = row < Tk
+    row = tl.minimum(row, Tk - 1)
+    # dk and dv begin with the sums of the far pass
+    n_far = tl.load(STOP + b * Tq + Tq - 1)
+    n_sinks, n_sink_blocks, _, num_splits = _far_blocks(n_far, sinks, far_programs, FAR_BLOCK)
+    entry = tl.load(ENTRY + b * Tk + row)
+    is_far = entry >= 0
+    # sinks fill up their last block, so far tokens begin at a block of their own
+    slot = tl.where(entry < n_sinks, entry, entry - n_sinks + n_sink_blocks * FAR_BLOCK)
+    sums = slot // FAR_BLOCK * num_splits * FAR_BLOCK + slot % FAR_BLOCK
+    offset_far = bh * far_programs * FAR_BLOCK * D + sums[:, None] * D + tl.arange(0, D)
+    dk = _add_splits(DK_FAR + offset_far, num_splits, is_far, BLOCK, D, FAR_BLOCK)
+    dv = _add_splits(DV_FAR + offset_far, num_splits, is_far, BLOCK, D, FAR_BLOCK)
+
+    offset = bh * Tk * D + row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
+    k = tl.load(K + offset)
+    v = tl.load(V + offset)
+    t = row - (Tk - Tq)  # the query that stands at each key row; negative before the first
+    lo = tl.maximum(t, 0)
+    hi = tl.minimum(t + window, Tq)
+    queries = bh * Tq
+    dk, dv = _dkdv_loop(dk, dv, k, v, Q + queries * D, DO + queries * D, LSE + queries,
+                        DELTA + queries, lo, hi, 0, 1, D, TILE, STAGES)
+    tl.store(DK + offset, (dk * D ** -0.5).to(k.dtype), mask=mask_n[:, None])
+    tl.store(DV + offset, dv.to(v.dtype), mask=mask_n[:, None])
+
+
+# -- sizes and launches
+
+class Tile(NamedTuple):
+    block: int  # queries (forward, dq) or keys (dk and dv) of a program
+    tile: int  # keys or queries of one step of its loop
+    num_warps: int
+    stages: int  # tiles in flight or in use, in a loop over neighbouring rows
+    far_stages: int  # the same where rows are gathered: their addresses are loads, too
+    maxnreg: int | None = None  # registers per thread, at most, so that more programs fit on an SM
+
+
+class Tiles(NamedTuple):
+    forward: Tile
+    dq: Tile
+    dkdv: Tile
+
+
+# what compiles without spilled registers; `experiments/RESULTS.md` says how they were chosen
+HOPPER = {
+    64: Tiles(Tile(128, 64, 4, 3, 5), Tile(64, 64, 4, 3, 5, maxnreg=168), Tile(64, 64, 4, 3, 5)),
+    128: Tiles(Tile(128, 64, 8, 3, 5), Tile(128, 64, 8, 3, 5), Tile(64, 32, 4, 3, 5)),
+}
+OTHER = {  # less shared memory, and no stage more than gains something
+    64: Tiles(Tile(128, 64, 8, 3, 3), Tile(128, 64, 8, 3, 3), Tile(64, 32, 4, 3, 3)),
+    128: Tiles(Tile(64, 64, 8, 2, 2), Tile(64, 64, 8, 2, 2), Tile(32, 64, 8, 2, 2)),
+}
+
 
 def _tiles(q):
-    """(rows per program, rows per tile, warps, stages) forward, for dq, and for dk and dv: what compiles without spills."""
-    Tq, D, hopper = q.shape[2], q.shape[3], not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    """Tile sizes for queries q (B, H, Tq, D): by the generation of the device and by D."""
+    Tq, D = q.shape[2:]
     if q.dtype == torch.float32 or Tq <= 32:
-        return ((16, 32, max(4, D // 16), 2),) * 3
-    if hopper:
-        return ((128, 64, 4, 3), *((64, 64, 4, 3),) * 2) if D < 128 else (*((128, 64, 8, 3),) * 2, (64, 32, 8, 3))
-    return (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)
-
-
-def _launch(kernel, tile, rows, tensors, limits, *flags):
-    """Run a kernel on so many rows of every head; tensors begin with q, q_sink, k, v, far."""
-    (B, H, Tq, D), (block, *_, warps, stages) = tensors[0].shape, tile
-    programs = triton.cdiv(rows, block)
-    with torch.cuda.device_of(tensors[0]):
-        kernel[(B * H * programs,)](*tensors, programs, H, Tq, tensors[2].shape[2], tensors[4].shape[1], *limits,
-                                    D, *tile[:2], *flags, num_warps=warps, num_stages=stages)
+        small = Tile(16, 32, max(4, D // 16), 2, 2)
+        return Tiles(small, small, small)
+    hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    return (HOPPER if hopper else OTHER)[max(D, 64)]
 
 
 @library.custom_op("nanosep::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, far: Tensor, n_far: Tensor, limits: list[int],
-               q_sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Output (B, H, Tq, D) and the base-2 log-sum-exp of the scores (B, H, Tq) float32; limits: window, sinks, max_seps."""
-    q, k, v, meet = (x.contiguous() for x in (q, k, v, q if q_sink is None else q_sink))
-    o, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tensors = [q, meet, k, v, far, n_far, o, lse, None, None, None, None]
-    _launch(_queries, _tiles(q)[0], q.shape[2], tensors, limits, q_sink is not None, "forward")
-    return o, lse
+def _attention(q: Tensor, k: Tensor, v: Tensor, far: Tensor, start: Tensor, stop: Tensor,
+               window: int, sinks: int, q_sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output (B, H, Tq, D) and the log-sum-exp of the scores in base 2, (B, H, Tq) float32."""
+    B, H, Tq, D = q.shape
+    Tk, S = k.shape[2], far.shape[1]
+    q, k, v, far, start, stop = (x.contiguous() for x in (q, k, v, far, start, stop))
+    out = torch.empty_like(q)
+    lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
+    tile = _tiles(q).forward
+    with torch.cuda.device_of(q):
+        _forward[(B * H * triton.cdiv(Tq, tile.block),)](
+            q, q if q_sink is None else q_sink.contiguous(), k, v, far, start, stop, out, lse,
+            H, Tq, Tk, S, window, sinks,
+            D=D, BLOCK=tile.block, TILE=tile.tile, STAGES=tile.stages, FAR_STAGES=tile.far_stages,
+            HAS_Q_SINK=q_sink is not None, num_warps=tile.num_warps, maxnreg=tile.maxnreg)
+    return out, lse
 
 
 @library.custom_op("nanosep::attention_backward", mutates_args=())
-def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, far: Tensor, n_far: Tensor, limits: list[int],
-                        q_sink: Tensor | None, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dq_sink; the last is empty without q_sink. Scores are recomputed from q, k and the log-sum-exp."""
-    apart, (B, S), (_, tile, key_tile) = q_sink is not None, far.shape, _tiles(q)
-    do, q, k, v, meet = (x.contiguous() for x in (do, q, k, v, q_sink if apart else q))
-    dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
-    dq_sink = torch.empty_like(q) if apart else q.new_empty(0)
-    _launch(_queries, tile, q.shape[2], [q, meet, k, v, far, n_far, o, lse, do, delta, dq, dq_sink], limits, apart, "dq")
-    dk_far, dv_far = torch.zeros(2, *k.shape, dtype=torch.float32, device=q.device)
-    entries = torch.arange(S, dtype=torch.int32, device=q.device).expand(B, S).contiguous()
-    first = torch.searchsorted(n_far, entries, right=True, out_int32=True)  # (B, S): the first query behind which each entry is
-    tensors = [q, meet, k, v, far, n_far, first, lse, do, delta, dk, dv, dk_far, dv_far]
-    _launch(_keys, key_tile, S + key_tile[0], tensors, limits, True)  # one program more, as sinks have their own
-    _launch(_keys, key_tile, k.shape[2], tensors, limits, False)
+def _attention_backward(
+        do: Tensor, q: Tensor, k: Tensor, v: Tensor, far: Tensor, start: Tensor, stop: Tensor,
+        window: int, sinks: int, q_sink: Tensor | None, out: Tensor, lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and dq_sink, which is empty without q_sink."""
+    B, H, Tq, D = q.shape
+    Tk, S = k.shape[2], far.shape[1]
+    do, q, k, v, far, start, stop = (x.contiguous() for x in (do, q, k, v, far, start, stop))
+    has_q_sink = q_sink is not None
+    q_sink = q_sink.contiguous() if has_q_sink else q
+    dq = torch.empty_like(q)
+    dk = torch.empty_like(k)
+    dv = torch.empty_like(v)
+    dq_sink = torch.empty_like(q) if has_q_sink else q.new_empty(0)
+    delta = torch.empty_like(lse)
+
+    # entry e of far is seen from the first query whose stop exceeds e up to the first whose start
+    # exceeds e; sinks are seen to the end
+    entry = torch.arange(S, dtype=torch.int32, device=q.device).expand(B, S).contiguous()
+    first_query = torch.searchsorted(stop, entry, right=True, out_int32=True)  # (B, S)
+    end_query = torch.searchsorted(start, entry, right=True, out_int32=True)
+    end_query = torch.where(entry < sinks, Tq, torch.maximum(first_query, end_query))
+    # the entry that stands at each key row; entries that never leave a window go to column Tk
+    row = torch.where(entry < stop[:, -1:], far, Tk).long()
+    entry_of_row = entry.new_full((B, Tk + 1), -1).scatter_(1, row, entry)[:, :Tk].contiguous()
+
+    tiles = _tiles(q)
+    far_tile = tiles.dkdv
+    near_tile = tiles.dkdv
+    far_programs = triton.cdiv(S, far_tile.block) + 1  # per head; sinks may need one block more
+    dk_far = torch.empty(B * H, far_programs * far_tile.block, D,
+                         dtype=torch.float32, device=q.device)
+    dv_far = torch.empty_like(dk_far)
+    # The order of these launches is part of the algorithm: dq writes delta, which both others read,
+    # and the near pass reads the sums that the far pass has written.
+    with torch.cuda.device_of(q):
+        tile = tiles.dq
+        _backward_dq[(B * H * triton.cdiv(Tq, tile.block),)](
+            q, q_sink, k, v, far, start, stop, out, lse, do, delta, dq, dq_sink,
+            H, Tq, Tk, S, window, sinks,
+            D=D, BLOCK=tile.block, TILE=tile.tile, STAGES=tile.stages, FAR_STAGES=tile.far_stages,
+            HAS_Q_SINK=has_q_sink, num_warps=tile.num_warps, maxnreg=tile.maxnreg)
+        _backward_dkdv_far[(B * H * far_programs,)](
+            q, q_sink, k, v, far, stop, first_query, end_query, lse, do, delta, dk_far, dv_far,
+            H, Tq, Tk, S, sinks, far_programs,
+            D=D, BLOCK=far_tile.block, TILE=far_tile.tile, STAGES=far_tile.stages,
+            num_warps=far_tile.num_warps, maxnreg=far_tile.maxnreg)
+        _backward_dkdv_near[(B * H * triton.cdiv(Tk, near_tile.block),)](
+            q, k, v, stop, entry_of_row, lse, do, delta, dk, dv, dk_far, dv_far,
+            H, Tq, Tk, window, sinks, far_programs,
+            D=D, BLOCK=near_tile.block, TILE=near_tile.tile, STAGES=near_tile.stages,
+            FAR_BLOCK=far_tile.block, num_warps=near_tile.num_warps, maxnreg=near_tile.maxnreg)
     return dq, dk, dv, dq_sink
 
 
-def _save(ctx, inputs, output):
-    *tensors, ctx.limits, q_sink = inputs
-    ctx.save_for_backward(*tensors, q_sink, *output)
+@_attention.register_fake
+def _(q, k, v, far, start, stop, window, sinks, q_sink):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(do, q, k, v, far, start, stop, window, sinks, q_sink, out, lse):
+    dq_sink = q.new_empty(0) if q_sink is None else q.new_empty(q.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dq_sink
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, far, start, stop, ctx.window, ctx.sinks, q_sink = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, far, start, stop, q_sink, out, lse)
 
 
 def _backward(ctx, do, _):
-    *tensors, q_sink, o, lse = ctx.saved_tensors
-    dq, dk, dv, dq_sink = _attention_backward(do, *tensors, ctx.limits, q_sink, o, lse)
-    return dq, dk, dv, None, None, None, None if q_sink is None else dq_sink
+    q, k, v, far, start, stop, q_sink, out, lse = ctx.saved_tensors
+    dq, dk, dv, dq_sink = _attention_backward(
+        do, q, k, v, far, start, stop, ctx.window, ctx.sinks, q_sink, out, lse)
+    if q_sink is None:
+        dq_sink = None
+    return dq, dk, dv, None, None, None, None, None, dq_sink
 
 
-_attention.register_autograd(_backward, setup_context=_save)
-_attention.register_fake(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)))
-_attention_backward.register_fake(lambda do, q, k, v, far, n_far, limits, q_sink, o, lse: (
-    *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(0 if q_sink is None else q.shape)))
-
-
-def sep_attention(q, k, v, far, n_far, window, sinks=0, max_seps=None, q_sink=None, impl="auto"):
-    """Softmax attention of each query over its window and its part of the far list (SepLLM, arXiv 2412.12094, section 3).
-
-    q (B, H, Tq, D); k, v (B, H, Tk, D), Tk >= Tq: query t stands at key row `Tk - Tq + t`, and sees the last `window` rows
-    up to its own. far (B, S) int32: key rows in order; n_far (B, Tq) int32, not decreasing: how many of them have left the
-    window of each query, which sees entries [0, min(sinks, n_far)) and [max(sinks, n_far - max_seps), n_far) of them;
-    max_seps None: no limit. q_sink (B, H, Tq, D), default q: the query as the sinks see it.
-    impl: "triton" (bf16, fp16, fp32; D 16, 32, 64 or 128), "torch" (the reference), "auto" (triton on a GPU).
-    Returns (B, H, Tq, D), differentiable in q, k, v and q_sink. ValueError if impl="triton" can't do what is asked.
-    """
-    able = triton is not None and q.shape[3] in (16, 32, 64, 128) and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    needs = f"triton, a CUDA device, D 16, 32, 64 or 128 and bf16, fp16 or fp32; given: D {q.shape[3]}, {q.dtype}, {q.device}"
-    if impl == "auto" and q.is_cuda and not able:
-        warnings.warn(f"sep_attention runs on its slow reference; the kernel needs {needs}", stacklevel=2)
-    if impl == "torch" or impl == "auto" and not (q.is_cuda and able):
-        return sep_attention_reference(q, k, v, far, n_far, window, sinks, max_seps, q_sink)
-    if impl not in ("auto", "triton") or not able or not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise ValueError(f"impl is {impl!r}, and must be auto, torch or triton; triton needs {needs}")
-    limits = [min(x, NO_LIMIT) for x in (window, sinks, NO_LIMIT if max_seps is None else max_seps)]
-    return _attention(q, k, v, far.contiguous(), n_far.contiguous(), limits, q_sink)[0]
-
-
-def benchmark(T, every, max_seps, window=256, sinks=4, H=12, D=64):
-    """Two rows of the table: forward and forward + backward of B = 1 in bf16, as CUDA graphs, so that launches cost nothing.
-    Separators: every `every`-th token, or with 0 those in the bytes of the README."""
-    text = torch.frombuffer(bytearray(Path(__file__).with_name("README.md").read_bytes()), dtype=torch.uint8).cuda()
-    at, limit = torch.arange(T, device="cuda"), max_seps or NO_LIMIT
-    kept = (at % every == 0 if every else torch.isin(text[at % len(text)], text.new_tensor(list(b".,?!;:\n")))) | (at < sinks)
-    rank, (far, n_far) = kept.cumsum(0), far_list(kept[None], window, T)
-    pairs = ((at + 1).clamp(max=window) + n_far.clamp(max=sinks) + (n_far - sinks).clamp(0, limit)).sum().item()
-    q, k, v, grad = (torch.randn(1, H, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
-    forms, build = {"sep": lambda: sep_attention(q, k, v, far, n_far, window, sinks, max_seps)}, torch.nan
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION) if T <= 1 << 17 else ():
-        forms[backend] = lambda b=backend: sdpa_kernel(b)(F.scaled_dot_product_attention)(q, k, v, is_causal=True)
-    torch.compiler.reset()  # every mask is a new program
-    if T <= 1 << 16:  # the same mask, the way of the paper's repository
-        def make():
-            return torch.compile(create_block_mask)(lambda b, h, i, j: (i >= j) & (
-                (i - j < window) | (j < sinks) | kept[j] & (n_far[0, i] - rank[j] < limit)), None, None, T, T, device="cuda")
-        block_mask, build, flex = make(), triton.testing.do_bench(make), torch.compile(flex_attention, dynamic=False)
-        forms["flex"] = lambda: flex(q, k, v, block_mask=block_mask)
-    for name, flops in (("forward", 4), ("forward + backward", 14)):
-        runs = {form: run if flops == 4 else lambda run=run: torch.autograd.grad(run(), (q, k, v), grad)
-                for form, run in forms.items()}
-        torch.cuda.reset_peak_memory_stats()
-        runs["sep"]()
-        memory = torch.cuda.max_memory_allocated() / 2 ** 30
-        ms = {form: triton.testing.do_bench_cudagraph(run) for form, run in runs.items()}
-        sep, flex_ms, full = ms.pop("sep"), ms.pop("flex", torch.nan), min(ms.values(), default=torch.nan)
-        print(f"| {T:,} | {f'every {every}th' if every else f'bytes, {kept.float().mean():.1%}'} | {max_seps} | {name} | "
-              f"{sep:.3f} | {full:.3f} | {full / sep:.1f}x | {full / sep / (T * (T + 1) / 2 / pairs):.0%} | "
-              f"{flops * D * H * pairs / sep / 1e9:.0f} | {flex_ms:.3f} | {build:.1f} | {memory:.2f} |")
-
-
-def main():
-    """Run the kernel's tests, then time it where there is a GPU."""
-    tests = Path(__file__).parent / "tests" / "test_kernel.py"
-    if failed := subprocess.run([sys.executable, "-m", "pytest", "-q", tests]).returncode:
-        sys.exit(failed)
-    if not torch.cuda.is_available():
-        return print("The kernel is right, in Triton's interpreter. Timing needs a GPU.")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: B 1, H 12, D 64, bf16, window 256, sinks 4")
-    print("| T | separators | max_seps | pass | ms | SDPA ms | speed-up | of promise | TFLOP/s | flex ms | its mask ms | GiB |")
-    print("|" + " --- |" * 12)
-    for case in [(T, every, cap) for T in (2048, 4096, 16384, 65536, 131072) for every in (10, 0) for cap in (None, 1024)]:
-        benchmark(*case)
-    benchmark(1 << 20, 10, 1024)
+_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 if __name__ == "__main__":
-    main()
+    tests = Path(__file__).parent / "tests" / "test_kernel.py"
+    sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-q", str(tests)]).returncode)
