@@ -48,21 +48,24 @@ class GPTConfig(SepConfig):
 @functools.lru_cache(maxsize=16)
 @torch.compiler.assume_constant_result
 def rope_frequencies(head_dim, base, device):
-    """Angle per position of each channel pair, (D / 2,) float64."""
+    """Angle per position of each channel, (D,) float64; the first half is negative, see `rope_cos_sin`."""
+    if device.type == "mps":  # Apple GPUs have no float64
+        device = torch.device("cpu")
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    return (base ** -exponent).to(device)
+    frequencies = base ** -exponent  # (D / 2,) of the channel pairs
+    return torch.cat([-frequencies, frequencies]).to(device)
 
 
 def rope_cos_sin(positions, frequencies, dtype):
-    """Cosines and signed sines for `apply_rope`: positions (T,), frequencies (D / 2,) -> two of (T, D).
+    """Cosines and signed sines for `apply_rope`: positions (T,), frequencies (D,) -> two of (T, D).
 
-    Angles are products in float64: at position 4,000,000 float32 would be off by a quarter of a radian. `dtype` is the
-    model's; the results have at least float32.
+    The first channel of a pair needs -sin(a), the second sin(a): with its frequency negative, it gets sin(-a), and
+    cos(-a) = cos(a). Angles are products in float64: at position 4,000,000 float32 would be off by a quarter of a radian.
+    `dtype` is the model's; the results have at least float32.
     """
-    angle = positions.double()[:, None] * frequencies  # (T, D / 2)
-    angle = torch.cat([-angle, angle], dim=-1)  # the first of a pair turns towards the second: sin(-a) = -sin(a)
+    angle = positions.to(frequencies.device).double()[:, None] * frequencies  # (T, D)
     dtype = torch.promote_types(dtype, torch.float32)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return angle.cos().to(positions.device, dtype), angle.sin().to(positions.device, dtype)
 
 
 def apply_rope(x, cos_sin):
@@ -70,6 +73,26 @@ def apply_rope(x, cos_sin):
     cos, sin = cos_sin
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+
+
+def rotations(positions, frequencies, dtype, config, cache=None):
+    """The rotations of one forward: (cos_sin of q and k, sink_cos_sin of q_sink or None).
+
+    Tokens stand at their positions in the text. Separators are dropped at the distance `block_size`, but the sinks stay:
+    so that they, too, are scored at no distance that training has not shown, `q_sink` is the query as it would be at
+    position `min(position, block_size - 1)`. For a single token it is cheaper to turn the sinks' keys in the cache
+    forward by the difference, once for all layers, than to score each layer's sinks with a query of their own.
+    """
+    cos_sin = rope_cos_sin(positions, frequencies, dtype)
+    last_trained = config.block_size - 1
+    beyond_horizon = cache is not None or len(positions) > config.block_size
+    if config.attn == "full" or config.sinks == 0 or not beyond_horizon:
+        return cos_sin, None
+    if cache is not None and len(positions) == 1:
+        excess = (positions - last_trained).clamp(min=0)
+        cache.show_sinks(apply_rope(cache.sink_keys, rope_cos_sin(excess, frequencies, dtype)))
+        return cos_sin, None
+    return cos_sin, rope_cos_sin(positions.clamp(max=last_trained), frequencies, dtype)
 
 
 # ---- the transformer
@@ -93,10 +116,11 @@ class CausalSelfAttention(nn.Module):
         """x (B, T, C) -> (B, T, C); layout: who sees whom; cos_sin, sink_cos_sin: rotation of q and k, and of q_sink."""
         B, T, C = x.shape
         config = self.config
-        q, k, v = self.qkv(x).view(B, T, 3, config.n_head, config.head_dim).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        q, k = norm(q), norm(k)  # QK-norm: scores stay bounded, so a high learning rate is safe
-        q_sink = None if sink_cos_sin is None else apply_rope(q, sink_cos_sin)
-        q, k = apply_rope(q, cos_sin), apply_rope(k, cos_sin)
+        qkv = self.qkv(x).view(B, T, 3, config.n_head, config.head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        v = qkv[2]
+        qk = norm(qkv[:2])  # QK-norm: scores stay bounded, so a high learning rate is safe
+        q_sink = None if sink_cos_sin is None else apply_rope(qk[0], sink_cos_sin)
+        q, k = apply_rope(qk, cos_sin)  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (B, H, M, D)
         y = attend(q, k, v, layout, config, q_sink)  # (B, H, T, D)
@@ -157,9 +181,6 @@ class GPT(nn.Module):
 
         Returns logits (B, T, V) and the mean cross-entropy in nats, or None without targets.
 
-        Tokens stand at their positions in the text. Separators are dropped at the distance `block_size`, but the sinks
-        stay: so that they, too, are scored at no distance that training has not shown, `q_sink` is the query as it would
-        be at position `min(position, block_size - 1)`.
         """
         config = self.config
         T = ids.shape[1]
@@ -171,12 +192,7 @@ class GPT(nn.Module):
 
         x = self.embed(ids)  # (B, T, C)
         frequencies = rope_frequencies(config.head_dim, 10000.0, ids.device)
-        cos_sin = rope_cos_sin(positions, frequencies, x.dtype)
-        sink_cos_sin = None
-        beyond_horizon = cache is not None or T > config.block_size
-        if config.attn != "full" and config.sinks > 0 and beyond_horizon:
-            sink_cos_sin = rope_cos_sin(positions.clamp(max=config.block_size - 1), frequencies, x.dtype)
-
+        cos_sin, sink_cos_sin = rotations(positions, frequencies, x.dtype, config, cache)
         for block in self.blocks:
             x = block(x, layout, cos_sin, sink_cos_sin, cache)
         logits = F.linear(norm(x), self.embed.weight)  # (B, T, V)

@@ -173,12 +173,8 @@ def far_layout(ids, config):
 
 
 class SlotLayout(NamedTuple):
-    """Who sees whom in a decoding step, over the slots of a SepCache.
-
-    visible (B, 1, 1, n_slots) bool: which slots the new token sees; n_sinks: the first slots, scored with q_sink.
-    """
-    visible: Tensor
-    n_sinks: int
+    """Who sees whom in a decoding step: mask (B, 1, 1, n_slots), 0 where the token sees a slot of a SepCache, else -inf."""
+    mask: Tensor
 
 
 EMPTY = -(1 << 40)  # the position of a slot that holds no token: further back than any
@@ -222,18 +218,20 @@ class SepCache:
         n_slots = 0 if self.is_full else self.n_far + 1 + config.window
         shape = (config.n_layer, 2, batch_size, config.n_kv_head, n_slots, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)  # 2: keys, values
+        self.sink_keys = self.kv[:, 0, :, :, :config.sinks].clone()  # where they stand; see `show_sinks`
+        self.sink_position = torch.arange(config.sinks, device=device)[:, None]
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # n_tokens, where a captured step can read it
         self.slot_position = torch.full((batch_size, n_slots), EMPTY, device=device)
         self.slot_kept = torch.zeros(batch_size, n_slots, dtype=torch.bool, device=device)
-        self.n_seps = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # that have entered their ring
+        self.n_seps = torch.full((batch_size, 1), -config.sinks, device=device)  # in the ring so far; sinks come before
         reach = [ANY_DISTANCE] * config.sinks + [config.block_size] * config.far_capacity + [0] + [config.window] * config.window
         self.slot_reach = torch.tensor(reach[:n_slots], device=device)  # seen at distances below this
 
     @property
     def nbytes(self):
         """Bytes held. Constant, but for attn="full"."""
-        state = (self.position, self.slot_position, self.slot_kept, self.n_seps, self.slot_reach)
-        return self.kv.nbytes + sum(tensor.nbytes for tensor in state)
+        state = (self.kv, self.sink_keys, self.position, self.slot_position, self.slot_kept, self.n_seps, self.slot_reach)
+        return sum(tensor.nbytes for tensor in state)
 
     def nbytes_of(self, n_tokens):
         """Bytes that an ordinary cache of so many tokens would hold."""
@@ -285,7 +283,15 @@ class SepCache:
         old = _gather_rows(store, self.row_to_slot)
         rows = torch.cat([old, torch.stack([k, v])], dim=3)  # (2, B, H, M, D)
         store.copy_(_gather_rows(rows, self.slot_to_row))
+        self.sink_keys[layer_idx] = store[0, :, :, :self.config.sinks]
         return rows.unbind(0)
+
+    def show_sinks(self, keys):
+        """Use these keys (n_layer, B, H, sinks, D) for the sinks in this decoding step, instead of `sink_keys`.
+
+        Turning the few sinks' keys forward, once for all layers, scores them as `q_sink` would in each layer.
+        """
+        self.kv[:, 0, :, :, :self.config.sinks] = keys
 
     def _reserve(self, n_tokens):
         """Room for so many tokens, with attn="full": at least doubled whenever it grows."""
@@ -311,19 +317,24 @@ class SepCache:
         far_slot = torch.where(leaving_kept, far_slot, self.n_far)
         leaving_kv = self.kv.index_select(4, self.new_slot)  # (n_layer, 2, B, H, 1, D)
         self.kv.scatter_(4, far_slot.view(1, 1, B, 1, 1, 1).expand(leaving_kv.shape), leaving_kv)
+        is_leaving = self.sink_position == leaving  # (sinks, 1)
+        self.sink_keys.copy_(torch.where(is_leaving, leaving_kv[:, 0], self.sink_keys))
         self.slot_position.scatter_(1, far_slot, leaving.expand(B, 1))
         self.slot_kept.scatter_(1, far_slot, leaving_kept)
-        self.n_seps += leaving_kept & (leaving >= config.sinks)
+        self.n_seps += leaving_kept
 
         # the new token in its place
         self.slot_position.index_copy_(1, self.new_slot, position.expand(B, 1))
         self.slot_kept.index_copy_(1, self.new_slot, is_kept(ids, position, config))
-        return SlotLayout(self._visible(position)[:, None, None], config.sinks)
+        mask = torch.where(self._visible(position), 0.0, -torch.inf).to(self.kv.dtype)
+        return SlotLayout(mask[:, None, None])
 
     def _advance_chunk(self, ids, positions):
         """Several new tokens: rows in order of position, a far list over them, then new contents for all slots."""
         config = self.config
         B, T = ids.shape
+
+        self.show_sinks(self.sink_keys)  # the queries of a chunk have a q_sink each
 
         # 1. the rows to attend to: slots sorted by position, empty ones first, then the new tokens
         old_positions, slots = self.slot_position.sort(dim=1)  # (B, n_slots)
@@ -344,7 +355,7 @@ class SepCache:
         entries = torch.cat([sink_entries, ring_entries], dim=1)  # (B, n_far)
         far_rows = layout.far.long().gather(1, entries.clamp(max=layout.far.shape[1] - 1))
         far_rows = torch.where(entries < stop, far_rows, -1)  # -1: nothing
-        self.n_seps.copy_((stop - start).clamp(min=0))
+        self.n_seps.copy_(stop - start)
 
         # 3. what survives in the window's slots: the last tokens, at `position % window`
         last = positions[-1]

@@ -27,21 +27,7 @@ def attend(q, k, v, layout, config, q_sink=None):
             k = k.repeat_interleave(group, dim=1)
             v = v.repeat_interleave(group, dim=1)
         return sep_attention(q, k, v, layout, config.window, config.sinks, q_sink)
-    return _slot_attention(q, k, v, layout, q_sink)
-
-
-def _slot_attention(q, k, v, layout, q_sink):
-    """A decoding step: q, q_sink (B, H, 1, D) over all slots of a cache, k, v (B, H_kv, n_slots, D)."""
-    B, H, _, D = q.shape
-    q = q.view(B, k.shape[1], -1, D)  # the heads that share keys are queries of one head
-    if q_sink is None:
-        scores = q @ k.mT  # (B, H_kv, group, n_slots)
-    else:
-        n = layout.n_sinks
-        q_sink = q_sink.view(q.shape)
-        scores = torch.cat([q_sink @ k[:, :, :n].mT, q @ k[:, :, n:].mT], dim=-1)
-    scores = (scores * D ** -0.5).masked_fill(~layout.visible, -torch.inf)
-    return (scores.softmax(-1) @ v).view(B, H, 1, D)
+    return F.scaled_dot_product_attention(q, k, v, layout.mask, enable_gqa=group > 1)
 
 
 # ---- plain PyTorch: blocks of queries, each over the few keys that it can see
