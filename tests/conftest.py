@@ -20,9 +20,9 @@ sys.path.insert(0, str(ROOT))
 
 # What everything rests on comes first, and takes seconds; the scripts come last.
 ORDER = ("test_mask", "test_stream", "test_kernel", "test_hostile", "test_scripts")
-TEXT = ("It is a truth universally acknowledged, that a single man in possession of a good fortune, "
-        "must be in want of a wife. However little known the feelings may be; this truth is well "
-        "fixed!\n") * 40
+TEXT = ("It is a truth universally acknowledged, that a single man in possession of a good "
+        "fortune, must be in want of a wife. However little known the feelings may be; this truth "
+        "is well fixed!\n") * 40
 # options of a model that trains in a second
 SHAPE = ("--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--window", 8, "--block_size", 32,
          "--batch_size", 4, "--eval_every", 20, "--eval_batches", 2)
