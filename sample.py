@@ -32,7 +32,7 @@ from train import (
     peak_memory,
 )
 
-SCORE_CHUNK = {"cpu": 256, "mps": 256, "cuda": 16384}  # tokens per forward
+SCORE_CHUNK = {"cpu": 512, "mps": 512, "cuda": 16384}  # tokens per forward
 ONE_THREAD_BELOW = 10_000_000  # parameters
 
 
