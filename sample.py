@@ -32,7 +32,7 @@ from train import (
     peak_memory,
 )
 
-SCORE_CHUNK = {"cpu": 256, "mps": 256, "cuda": 16384}  # tokens per forward
+SCORE_CHUNK = {"cpu": 512, "mps": 512, "cuda": 16384}  # tokens per forward
 ONE_THREAD_BELOW = 10_000_000  # parameters
 
 
@@ -218,7 +218,8 @@ def score(model, cache, tokens, device):
             if first == 0:
                 first_memory_gib = peak_memory(device)
             perplexity = math.exp(sums[whole] / (first + len(nats)))
-            bar.set_postfix_str(f"perplexity {perplexity:.4f}, {cache_status(cache)}", refresh=False)
+            status = f"perplexity {perplexity:.4f}, {cache_status(cache)}"
+            bar.set_postfix_str(status, refresh=False)
             bar.update(len(nats))
     tokens_per_s = n / (time.perf_counter() - start)
     means = {span.name: sums[span] / (span.end - span.start) for span in spans}
