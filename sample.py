@@ -218,7 +218,8 @@ def score(model, cache, tokens, device):
             if first == 0:
                 first_memory_gib = peak_memory(device)
             perplexity = math.exp(sums[whole] / (first + len(nats)))
-            bar.set_postfix_str(f"perplexity {perplexity:.4f}, {cache_status(cache)}", refresh=False)
+            status = f"perplexity {perplexity:.4f}, {cache_status(cache)}"
+            bar.set_postfix_str(status, refresh=False)
             bar.update(len(nats))
     tokens_per_s = n / (time.perf_counter() - start)
     means = {span.name: sums[span] / (span.end - span.start) for span in spans}
