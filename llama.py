@@ -282,7 +282,8 @@ def read_weights(folder, model, dtype, device):
     Files are mapped, not copied, and tensors converted one by one: all are in memory once.
     """
     safetensors = optional_package("safetensors")
-    expected = {name_in_file(name): tuple(weight.shape) for name, weight in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    expected = {name_in_file(name): tuple(weight.shape) for name, weight in parameters.items()}
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     weights = {}
     for path in weight_files(folder):
@@ -308,7 +309,7 @@ def read_weights(folder, model, dtype, device):
     if model.config.tied and head in weights:
         require(torch.equal(weights[head], weights[embed]),
                 f"{folder}: tie_word_embeddings is true, but {head} is not {embed}")
-    return {name: weights[name_in_file(name)] for name, _ in model.named_parameters()}
+    return {name: weights[name_in_file(name)] for name in parameters}
 
 
 def name_in_file(name):
