@@ -85,15 +85,16 @@ def sep_attention(q, k, v, layout, window, sinks=0, q_sink=None, impl="auto"):
 def attend(q, k, v, layout, config, q_sink=None):
     """The attention of one layer, whatever the configuration and the cache ask for.
 
-    q, q_sink (B, H, Tq, D); k, v (B, H_kv, Tk, D), H a multiple of H_kv (grouped-query attention: H / H_kv heads share
-    keys and values); layout: None, a SepLayout or a SlotLayout. Returns (B, H, Tq, D).
+    q, q_sink (B, H, Tq, D); k, v (B, H_kv, Tk, D): in grouped-query attention, H / H_kv heads share
+    keys and values. layout: None, a SepLayout or a SlotLayout. Returns (B, H, Tq, D).
     """
     B, H, Tq, D = q.shape
     group = H // k.shape[1]
     if layout is None:  # attn="full"
         Tk = k.shape[2]
-        causal = causal_lower_right(Tq, Tk) if 1 < Tq < Tk else None
-        return F.scaled_dot_product_attention(q, k, v, causal, is_causal=Tq == Tk, enable_gqa=group > 1)
+        mask = causal_lower_right(Tq, Tk) if 1 < Tq < Tk else None
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=Tq == Tk, enable_gqa=group > 1)
     if isinstance(layout, SepLayout):
         if group > 1:
             k = k.repeat_interleave(group, dim=1)
@@ -108,13 +109,14 @@ BLOCK = 64  # queries; larger blocks share more keys, and mask more of them
 
 
 def _attention_torch(q, k, v, layout, window, sinks, q_sink):
-    """`sep_attention` without Triton, for CPUs and Apple GPUs, in any dtype: time and memory are linear in T.
+    """`sep_attention` without Triton, for CPUs and Apple GPUs; time and memory are linear in T.
 
-    The queries are cut into blocks. A block's keys are [sinks | its part of the far list | the window's rows], gathered
-    for all blocks at once and padded to the longest; then it is one dense attention per block, with a small mask.
+    The queries are cut into blocks. A block's keys are [sinks | its range of the far list | its
+    windows' rows], gathered for all blocks at once and padded to the longest; then each block is
+    one dense attention with a small mask.
     """
     B, H, Tq, D = q.shape
-    rows, visible = _keys_of_blocks(layout, window, sinks, Tq, Tk=k.shape[2])  # (B, N, M), (B, N, BLOCK, M)
+    rows, visible = _keys_of_blocks(layout, window, sinks, Tq, Tk=k.shape[2])
     _, N, M = rows.shape
     visible = visible.flatten(0, 1)[:, None]  # (B N, 1, BLOCK, M)
 
@@ -140,16 +142,20 @@ def _attention_torch(q, k, v, layout, window, sinks, q_sink):
 
 
 def _keys_of_blocks(layout, window, sinks, Tq, Tk):
-    """The key rows of each block of queries, rows (B, N, M) counted through the whole batch, and which of them each of
-    its queries sees, visible (B, N, BLOCK, M)."""
+    """The M keys of each of N blocks of queries.
+
+    rows (B, N, M): their rows, counted through the whole batch
+    visible (B, N, BLOCK, M) bool: which of them each query of the block sees
+    """
     far, start, stop = layout
     B, S = far.shape
     N = -(-Tq // BLOCK)
     device = far.device
-    query = torch.arange(N * BLOCK, device=device).clamp(max=Tq - 1).view(N, BLOCK)  # those past the end repeat the last
+    query = torch.arange(N * BLOCK, device=device).view(N, BLOCK)
+    query = query.clamp(max=Tq - 1)  # those past the end repeat the last
     query_row = Tk - Tq + query
 
-    # the far entries: the sinks, and from the first that the block's first query sees to the last of its last query
+    # the far entries: the sinks, and what the block's queries see between the first and the last
     first = start[:, query[:, 0]].long()  # (B, N)
     last = stop[:, query[:, -1]].long()
     longest = (last - first).max().clamp(min=0).item()
