@@ -10,7 +10,6 @@ the checkpoint runs. Read last.
 """
 import codecs
 import dataclasses
-import functools
 import importlib
 import json
 import math
@@ -18,6 +17,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -168,12 +168,19 @@ class Llama(nn.Module):
         return generate(self, ids, max_new_tokens, temperature, top_k, cache)
 
 
-@functools.lru_cache(maxsize=16)
+_rope_frequencies = {}
+
+
 @torch.compiler.assume_constant_result
 def rope_frequencies(inv_freq, device):
     """Angle per position of each channel, (D,) float64, in the form of `model.rope_frequencies`."""
-    frequencies = torch.tensor(inv_freq, dtype=torch.float64)  # (D / 2,)
-    return torch.cat([-frequencies, frequencies]).to(device)
+    key = inv_freq, device
+    if key not in _rope_frequencies:
+        frequencies = torch.tensor(inv_freq, dtype=torch.float64)  # (D / 2,)
+        frequencies = torch.cat([-frequencies, frequencies])
+        has_float64 = device.type != "mps"  # Apple GPUs do not
+        _rope_frequencies[key] = frequencies.to(device) if has_float64 else frequencies
+    return _rope_frequencies[key]
 
 
 # ---- reading a folder
@@ -322,7 +329,7 @@ def weight_files(folder):
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():
-        names = set(read_json(index)["weight_map"].values())
+        names = set(read_json(index).get("weight_map", {}).values())
     for name in sorted(names):
         require((folder / name).is_file(),
                 f"there is no {folder / name}; weights are read from safetensors only")
@@ -380,17 +387,36 @@ class Tokenizer:
                 eos = read_json(folder / name).get("eos_token_id")
                 self.eos_ids.update([eos] if isinstance(eos, int) else eos or [])
 
-        # tokens are spelled in one of two ways: see `token_bytes`
+        # tokens are spelled in one of two ways, see `token_bytes`; one puts a space before a text
         self.is_byte_level = self.tokenizer.token_to_id("<0x0A>") is None
+        self._drops_space = not self.is_byte_level
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def encode(self, text):
         """The ids of a text, after a begin token where tokenizer.json asks for one."""
+        # surrogates: bytes of the command line or of a file that are not UTF-8
+        text = text.encode(errors="surrogateescape").decode(errors="replace")
         return self.tokenizer.encode(text).ids
 
-    def decode(self, ids):
-        """The text of ids, without special tokens."""
-        stream = TextStream(self)
-        return "".join(map(stream.add, ids)) + stream.end()
+    def encode_file(self, path):
+        """The token ids of a text file, as an array."""
+        require(path.is_file(), f"there is no file {path} to score")
+        ids = self.encode(path.read_bytes().decode(errors="replace"))
+        require(len(ids) > 1, f"{path} is too short to score: the first token is only read")
+        return np.array(ids)
+
+    def decode(self, ids, is_end=False):
+        """The text of the next ids; a character whose bytes are not all there yet waits for them.
+
+        is_end: nothing will follow; what is still waiting is shown as U+FFFD.
+        """
+        text = self._decoder.decode(b"".join(map(self.token_bytes, ids)), is_end)
+        if text and self._drops_space:
+            text = text.removeprefix(" ")
+            self._drops_space = False
+        if is_end:
+            self._drops_space = not self.is_byte_level
+        return text
 
     def token_bytes(self, token_id):
         """A token's text in UTF-8, maybe only part of a character; nothing for a special token.
@@ -430,26 +456,3 @@ def gpt2_alphabet():
 
 
 BYTES = gpt2_alphabet()
-
-
-class TextStream:
-    """The text of tokens as they come, in whole characters.
-
-    Print what `add` returns for each token, prompt included, and at last what `end` returns.
-    """
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.drop_space = not tokenizer.is_byte_level  # these put a space before every text
-
-    def add(self, token_id):
-        """The characters that this token completes; a part of one waits for the next token."""
-        text = self.decoder.decode(self.tokenizer.token_bytes(token_id))
-        if text and self.drop_space:
-            self.drop_space = False
-            text = text.removeprefix(" ")
-        return text
-
-    def end(self):
-        return self.decoder.decode(b"", final=True)

@@ -282,35 +282,31 @@ def test_what_is_not_supported_is_named_in_one_sentence(tmp_path, change, senten
     assert "\n" not in str(error.value)
 
 
-def without(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def overwrite(name, data):
-    return lambda folder: (folder / name).write_bytes(data)
-
-
-def cut(name):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:5000])
-
-
-BROKEN_FOLDERS = [
-    (without("config.json"), "there is no .*config.json"),
-    (overwrite("config.json", b"{"), "config.json is not JSON"),
-    (without("model.safetensors"), "there is no .*model.safetensors; weights are read from safetensors only"),
-    (cut("model.safetensors"), "model.safetensors cannot be read, maybe half a download"),
-    (overwrite("model.safetensors", b"version https://git-lfs.github.com/spec/v1"), "model.safetensors cannot be read"),
-    (overwrite("model.safetensors.index.json", b'{"weight_map": {"lm_head.weight": "model-1.safetensors"}}'),
-     "there is no .*model-1.safetensors"),
-    (without("tokenizer.json"), "there is no .*tokenizer.json"),
-    (overwrite("tokenizer.json", b"{}"), "tokenizer.json cannot be read"),
+HALF = object()
+BROKEN_FILES = [  # name, its content, or None: no such file
+    ("config.json", None, "there is no .*config.json"),
+    ("config.json", b"{", "config.json is not JSON"),
+    ("config.json", b"[]", "config.json is not a JSON object"),
+    ("model.safetensors", None, "there is no .*model.safetensors; weights are read from safetensors only"),
+    ("model.safetensors", HALF, "model.safetensors cannot be read, maybe half a download"),
+    ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", "model.safetensors cannot be read"),
+    ("model.safetensors.index.json", b'{"weight_map": {"model.norm.weight": "part-1.safetensors"}}',
+     "there is no .*part-1.safetensors"),
+    ("tokenizer.json", None, "there is no .*tokenizer.json"),
+    ("tokenizer.json", b"{}", "tokenizer.json cannot be read"),
 ]
 
 
-@pytest.mark.parametrize("damage, sentence", BROKEN_FOLDERS)
-def test_a_broken_folder_is_described_in_one_sentence(tmp_path, tokenizer_file, damage, sentence):
+@pytest.mark.parametrize("name, content, sentence", BROKEN_FILES)
+def test_a_broken_folder_is_described_in_one_sentence(tmp_path, tokenizer_file, name, content, sentence):
     folder = save_with_tokenizer(tmp_path, tokenizer_file)
-    damage(folder)
+    path = folder / name
+    if content is None:
+        path.unlink()
+    elif content is HALF:
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    else:
+        path.write_bytes(content)
     with pytest.raises(ValueError, match=sentence) as error:
         llama.load_model(folder, device="cpu")
     assert "\n" not in str(error.value)
@@ -389,18 +385,18 @@ def test_separators_are_the_tokens_of_separator_characters(tokenizer):
                 if all(char in alphabet for char in token) and set(token) != {"Ġ"}}
     separators = tokenizer.separators()
     assert set(separators) == expected and list(separators) == sorted(separators)
-    texts = {tokenizer.decode([token_id]) for token_id in separators}
+    texts = {tokenizer.decode([token_id], is_end=True) for token_id in separators}
     assert {".", ",", "?", "!", ";", ":", "\n", "\t", "!\n", " ..."} <= texts  # with several characters, too
     assert not texts & {" ", "a", "", "“", "};", "。"}
 
-    only_stops = {tokenizer.decode([token_id]) for token_id in tokenizer.separators(".?!")}
+    only_stops = {tokenizer.decode([token_id], is_end=True) for token_id in tokenizer.separators(".?!")}
     assert {".", "?", "!", " ..."} <= only_stops and not only_stops & {",", "\n", "!\n"}
     assert tokenizer.separators("") == ()
 
 
 def test_separators_of_a_vocabulary_with_byte_tokens(tmp_path):
     tokenizer = byte_fallback_tokenizer(tmp_path)
-    texts = [tokenizer.decode([token_id]) for token_id in tokenizer.separators()]
+    texts = [tokenizer.decode([token_id], is_end=True) for token_id in tokenizer.separators()]
     # the bytes 0x09 ... of the ASCII characters, the characters themselves, and "▁."
     assert sorted(text.strip(" ") for text in texts) == sorted("\t\n\r" + ".,?!;:" * 2 + ".")
 
@@ -420,7 +416,16 @@ def test_the_begin_token_is_added_and_nothing_is_cut_or_padded(tokenizer):
     for text in ("", "a", TEXT):
         ids = tokenizer.encode(text)
         assert ids[0] == 0 and ids.count(0) == 1
-        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode(ids, is_end=True) == text
+
+
+def test_a_file_is_read_as_one_text(tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT.encode() + b"\xff")
+    assert tokenizer.encode_file(path).tolist() == tokenizer.encode(TEXT + "\ufffd")
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="text.txt is too short to score"):
+        tokenizer.encode_file(path)
 
 
 def test_end_of_text_tokens_come_from_both_files(tokenizer):
@@ -429,8 +434,7 @@ def test_end_of_text_tokens_come_from_both_files(tokenizer):
 
 
 def pieces_of(tokenizer, ids):
-    stream = llama.TextStream(tokenizer)
-    return [stream.add(token_id) for token_id in ids] + [stream.end()]
+    return [tokenizer.decode([token_id]) for token_id in ids] + [tokenizer.decode([], is_end=True)]
 
 
 TEXTS = (TEXT, " a  b a. a.b  ", "🙂" * 50, "e\ufffdf\ufffd\ufffdg", "")
@@ -443,7 +447,7 @@ def test_streamed_text_is_the_whole_text_in_whole_characters(tokenizer, tmp_path
         tokenizer = byte_fallback_tokenizer(tmp_path)
     ids = tokenizer.encode(text)
     pieces = pieces_of(tokenizer, ids)
-    assert "".join(pieces) == tokenizer.decode(ids) == text
+    assert "".join(pieces) == tokenizer.decode(ids, is_end=True) == text
     assert text == tokenizer.tokenizer.decode(ids, skip_special_tokens=True)  # the package's own
     # it comes as it is written: after each token, all whole characters so far
     n_bytes = 0
