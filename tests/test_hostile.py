@@ -166,7 +166,7 @@ def test_damaged_checkpoint_is_a_sentence(full_checkpoint, data, tmp_path, monke
         one_sentence(result, 1, "damaged or not a checkpoint")
     assert not (tmp_path / "bomb-has-exploded").exists()
     one_sentence(run(sample, "--ckpt", tmp_path / "none.pt"), 1, "there is no checkpoint")
-    one_sentence(run(sample, "--ckpt", tmp_path), 1, "there is no checkpoint")
+    one_sentence(run(sample, "--ckpt", tmp_path), 1, "there is no", "config.json")
 
 
 def test_foreign_checkpoints_and_bombs_inside_one_are_sentences(
