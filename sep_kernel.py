@@ -261,32 +261,30 @@ def _forward(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, H, Tq, Tk, S, window, 
              FAR_STAGES: tl.constexpr, HAS_Q_SINK: tl.constexpr):
     """The output of BLOCK queries of one head, and the log-sum-exp of their scores."""
     bh, t = _query_block(Tq, BLOCK)
-    mask_m = t < Tq
     t = tl.minimum(t, Tq - 1)  # queries past the end repeat the last one, and are not stored
     b = bh // H
+    queries = bh * Tq  # rows before this head's
     FAR += b * S
     K += bh * Tk * D
     V += bh * Tk * D
     sink_hi, far_lo, far_hi, near_lo, near_hi = _query_ranges(
         START + b * Tq, STOP + b * Tq, t, Tq, Tk, window, sinks, HAS_Q_SINK)
 
-    offset = bh * Tq * D + t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
-    q = tl.load(Q + offset)
-    if HAS_Q_SINK:
-        q_sink = tl.load(Q_SINK + offset)
-    else:
-        q_sink = q
+    offset = t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
     acc = tl.zeros([BLOCK, D], tl.float32)
     m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf: a row without keys yet has m_i - m_i = 0
     l_i = tl.zeros([BLOCK], tl.float32)
-    acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q_sink, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
+    q = tl.load(Q_SINK + queries * D + offset)  # Q itself, if the sinks have no queries of their own
+    acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
                                   D, SINK_TILE, GATHER=True, STAGES=1)
+    if HAS_Q_SINK:
+        q = tl.load(Q + queries * D + offset)
     acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, far_lo, far_hi,
                                   D, TILE, GATHER=True, STAGES=FAR_STAGES)
     acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, near_lo, near_hi,
                                   D, TILE, GATHER=False, STAGES=STAGES)
-    tl.store(OUT + offset, (acc / l_i[:, None]).to(q.dtype), mask=mask_m[:, None])
-    tl.store(LSE + bh * Tq + t, m_i + tl.log2(l_i), mask=mask_m)
+    tl.store(OUT + queries * D + offset, (acc / l_i[:, None]).to(q.dtype))
+    tl.store(LSE + queries + t, m_i + tl.log2(l_i))
 
 
 # -- backward, queries: dq
@@ -323,37 +321,34 @@ def _backward_dq(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, DO, DELTA, DQ, DQ_
                  FAR_STAGES: tl.constexpr, HAS_Q_SINK: tl.constexpr):
     """dq and delta of BLOCK queries of one head, and dq_sink where there is a q_sink."""
     bh, t = _query_block(Tq, BLOCK)
-    mask_m = t < Tq
     t = tl.minimum(t, Tq - 1)
     b = bh // H
+    queries = bh * Tq  # rows before this head's
     FAR += b * S
     K += bh * Tk * D
     V += bh * Tk * D
     sink_hi, far_lo, far_hi, near_lo, near_hi = _query_ranges(
         START + b * Tq, STOP + b * Tq, t, Tq, Tk, window, sinks, HAS_Q_SINK)
 
-    offset = bh * Tq * D + t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
-    do = tl.load(DO + offset)
-    out = tl.load(OUT + offset)
+    offset = t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
+    do = tl.load(DO + queries * D + offset)
+    out = tl.load(OUT + queries * D + offset)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(DELTA + bh * Tq + t, delta, mask=mask_m)  # for dk and dv
-    lse = tl.load(LSE + bh * Tq + t)
-    q = tl.load(Q + offset)
-    if HAS_Q_SINK:
-        q_sink = tl.load(Q_SINK + offset)
-    else:
-        q_sink = q
+    tl.store(DELTA + queries + t, delta)  # for dk and dv
+    lse = tl.load(LSE + queries + t)
+    q = tl.load(Q_SINK + queries * D + offset)
     dq = tl.zeros([BLOCK, D], tl.float32)
-    dq = _dq_loop(dq, q_sink, do, lse, delta, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
+    dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
                   D, SINK_TILE, GATHER=True, STAGES=1)
     if HAS_Q_SINK:
-        tl.store(DQ_SINK + offset, (dq * D ** -0.5).to(q.dtype), mask=mask_m[:, None])
+        tl.store(DQ_SINK + queries * D + offset, (dq * D ** -0.5).to(q.dtype))
         dq = tl.zeros([BLOCK, D], tl.float32)
-    dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, far_lo, far_hi,
-                  D, TILE, GATHER=True, STAGES=FAR_STAGES)
+        q = tl.load(Q + queries * D + offset)
     dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, near_lo, near_hi,
                   D, TILE, GATHER=False, STAGES=STAGES)
-    tl.store(DQ + offset, (dq * D ** -0.5).to(q.dtype), mask=mask_m[:, None])
+    dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, far_lo, far_hi,
+                  D, TILE, GATHER=True, STAGES=FAR_STAGES)
+    tl.store(DQ + queries * D + offset, (dq * D ** -0.5).to(q.dtype))
 
 
 # -- backward, keys: dk and dv
@@ -416,6 +411,8 @@ def _backward_dkdv_far(Q, Q_SINK, K, V, FAR, STOP, FIRST_QUERY, END_QUERY, LSE, 
     bh = (tl.program_id(0) % n_heads).to(tl.int64)  # sinks of all heads first: they take longest
     i = tl.program_id(0) // n_heads
     b = bh // H
+    queries = bh * Tq
+    keys = bh * Tk
     n_far = tl.load(STOP + b * Tq + Tq - 1)
     n_sinks, n_sink_blocks, n_blocks, num_splits = _far_blocks(n_far, sinks, far_programs, BLOCK)
     block = i // num_splits
@@ -436,18 +433,17 @@ def _backward_dkdv_far(Q, Q_SINK, K, V, FAR, STOP, FIRST_QUERY, END_QUERY, LSE, 
     row = tl.load(FAR + b * S + entry)
     lo = tl.load(FIRST_QUERY + b * S + entry)
     hi = tl.load(END_QUERY + b * S + entry)
-    offset = bh * Tk * D + row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
-    k = tl.load(K + offset)
-    v = tl.load(V + offset)
+    offset = row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
+    k = tl.load(K + keys * D + offset)
+    v = tl.load(V + keys * D + offset)
     dk = tl.zeros([BLOCK, D], tl.float32)
     dv = tl.zeros([BLOCK, D], tl.float32)
-    queries = bh * Tq
     dk, dv = _dkdv_loop(dk, dv, k, v, QUERIES + queries * D, DO + queries * D, LSE + queries,
                         DELTA + queries, lo, hi, split, num_splits, D, TILE, STAGES)
-    sums = (bh * far_programs + i) * BLOCK * D
-    offset = sums + tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, D)
-    tl.store(DK_FAR + offset, dk)
-    tl.store(DV_FAR + offset, dv)
+    sums = (bh * far_programs + i) * BLOCK
+    offset = tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, D)
+    tl.store(DK_FAR + sums * D + offset, dk)
+    tl.store(DV_FAR + sums * D + offset, dv)
 
 
 @jit
@@ -472,8 +468,9 @@ def _backward_dkdv_near(Q, K, V, STOP, ENTRY, LSE, DO, DELTA, DK, DV, DK_FAR, DV
     n_blocks = tl.cdiv(Tk, BLOCK)
     bh = (tl.program_id(0) // n_blocks).to(tl.int64)
     b = bh // H
+    queries = bh * Tq
+    keys = bh * Tk
     row = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)
-    mask_n = row < Tk
     row = tl.minimum(row, Tk - 1)
     # dk and dv begin with the sums of the far pass
     n_far = tl.load(STOP + b * Tq + Tq - 1)
@@ -482,22 +479,22 @@ def _backward_dkdv_near(Q, K, V, STOP, ENTRY, LSE, DO, DELTA, DK, DV, DK_FAR, DV
     is_far = entry >= 0
     # sinks fill up their last block, so far tokens begin at a block of their own
     slot = tl.where(entry < n_sinks, entry, entry - n_sinks + n_sink_blocks * FAR_BLOCK)
-    sums = slot // FAR_BLOCK * num_splits * FAR_BLOCK + slot % FAR_BLOCK
-    offset_far = bh * far_programs * FAR_BLOCK * D + sums[:, None] * D + tl.arange(0, D)
-    dk = _add_splits(DK_FAR + offset_far, num_splits, is_far, BLOCK, D, FAR_BLOCK)
-    dv = _add_splits(DV_FAR + offset_far, num_splits, is_far, BLOCK, D, FAR_BLOCK)
+    sum_row = slot // FAR_BLOCK * num_splits * FAR_BLOCK + slot % FAR_BLOCK
+    offset = sum_row[:, None] * D + tl.arange(0, D)
+    sums = bh * far_programs * FAR_BLOCK
+    dk = _add_splits(DK_FAR + sums * D + offset, num_splits, is_far, BLOCK, D, FAR_BLOCK)
+    dv = _add_splits(DV_FAR + sums * D + offset, num_splits, is_far, BLOCK, D, FAR_BLOCK)
 
-    offset = bh * Tk * D + row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
-    k = tl.load(K + offset)
-    v = tl.load(V + offset)
+    offset = row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
+    k = tl.load(K + keys * D + offset)
+    v = tl.load(V + keys * D + offset)
     t = row - (Tk - Tq)  # the query that stands at each key row; negative before the first
     lo = tl.maximum(t, 0)
     hi = tl.minimum(t + window, Tq)
-    queries = bh * Tq
     dk, dv = _dkdv_loop(dk, dv, k, v, Q + queries * D, DO + queries * D, LSE + queries,
                         DELTA + queries, lo, hi, 0, 1, D, TILE, STAGES)
-    tl.store(DK + offset, (dk * D ** -0.5).to(k.dtype), mask=mask_n[:, None])
-    tl.store(DV + offset, dv.to(v.dtype), mask=mask_n[:, None])
+    tl.store(DK + keys * D + offset, (dk * D ** -0.5).to(k.dtype))
+    tl.store(DV + keys * D + offset, dv.to(v.dtype))
 
 
 # -- sizes and launches
