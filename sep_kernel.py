@@ -176,10 +176,7 @@ def _count_tiles(lo, hi, TILE: tl.constexpr):
 @jit
 def _n_tiles(tiles, MASKED: tl.constexpr):
     _, _, _, n_left, n_full, n_right = tiles
-    if MASKED:
-        n = n_left + n_right
-    else:
-        n = n_full
+    n = n_left + n_right if MASKED else n_full
     return n
 
 
@@ -272,7 +269,7 @@ def _forward(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, H, Tq, Tk, S, window, 
 
     offset = t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
     acc = tl.zeros([BLOCK, D], tl.float32)
-    m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf: a row without keys yet has m_i - m_i = 0
+    m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf, as a row without keys has m_i - m_i = 0
     l_i = tl.zeros([BLOCK], tl.float32)
     q = tl.load(Q_SINK + queries * D + offset)  # Q itself, if the sinks have no queries of their own
     acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
@@ -356,7 +353,7 @@ def _backward_dq(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, DO, DELTA, DQ, DQ_
 @jit
 def _dkdv_loop(dk, dv, k, v, Q, DO, LSE, DELTA, lo, hi, split, num_splits,
                D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):
-    """Adds to dk (not scaled) and dv of a block of keys what each one's queries [lo, hi) contribute.
+    """Adds to dk (not scaled) and dv of a block of keys what the queries [lo, hi) of each add.
 
     Of `num_splits` programs that share these queries this is number `split`.
     """
@@ -447,12 +444,11 @@ def _backward_dkdv_far(Q, Q_SINK, K, V, FAR, STOP, FIRST_QUERY, END_QUERY, LSE, 
 
 
 @jit
-def _add_splits(SUMS, num_splits, is_far, BLOCK: tl.constexpr, D: tl.constexpr,
-                FAR_BLOCK: tl.constexpr):
+def _add_splits(SUMS, num_splits, is_far, BLOCK: tl.constexpr, D: tl.constexpr):
     """The sums (BLOCK, D) that the programs of the far pass have written; 0 where a key is not far."""
     total = tl.zeros([BLOCK, D], tl.float32)
     for split in range(num_splits):
-        total += tl.load(SUMS + split * FAR_BLOCK * D, mask=is_far[:, None], other=0.0)
+        total += tl.load(SUMS + split * BLOCK * D, mask=is_far[:, None], other=0.0)
     return total
 
 
@@ -460,7 +456,7 @@ def _add_splits(SUMS, num_splits, is_far, BLOCK: tl.constexpr, D: tl.constexpr,
 def _backward_dkdv_near(Q, K, V, STOP, ENTRY, LSE, DO, DELTA, DK, DV, DK_FAR, DV_FAR,
                         H, Tq, Tk, window, sinks, far_programs,
                         D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-                        STAGES: tl.constexpr, FAR_BLOCK: tl.constexpr):
+                        STAGES: tl.constexpr):
     """dk and dv of BLOCK key rows: the sums of the far pass, and what the queries near them add.
 
     ENTRY (B, Tk): the entry of far that stands at a key row, -1 if it never leaves a window.
@@ -474,16 +470,16 @@ def _backward_dkdv_near(Q, K, V, STOP, ENTRY, LSE, DO, DELTA, DK, DV, DK_FAR, DV
     row = tl.minimum(row, Tk - 1)
     # dk and dv begin with the sums of the far pass
     n_far = tl.load(STOP + b * Tq + Tq - 1)
-    n_sinks, n_sink_blocks, _, num_splits = _far_blocks(n_far, sinks, far_programs, FAR_BLOCK)
+    n_sinks, n_sink_blocks, _, num_splits = _far_blocks(n_far, sinks, far_programs, BLOCK)
     entry = tl.load(ENTRY + b * Tk + row)
     is_far = entry >= 0
     # sinks fill up their last block, so far tokens begin at a block of their own
-    slot = tl.where(entry < n_sinks, entry, entry - n_sinks + n_sink_blocks * FAR_BLOCK)
-    sum_row = slot // FAR_BLOCK * num_splits * FAR_BLOCK + slot % FAR_BLOCK
+    slot = tl.where(entry < n_sinks, entry, entry - n_sinks + n_sink_blocks * BLOCK)
+    sum_row = slot // BLOCK * num_splits * BLOCK + slot % BLOCK
     offset = sum_row[:, None] * D + tl.arange(0, D)
-    sums = bh * far_programs * FAR_BLOCK
-    dk = _add_splits(DK_FAR + sums * D + offset, num_splits, is_far, BLOCK, D, FAR_BLOCK)
-    dv = _add_splits(DV_FAR + sums * D + offset, num_splits, is_far, BLOCK, D, FAR_BLOCK)
+    sums = bh * far_programs * BLOCK
+    dk = _add_splits(DK_FAR + sums * D + offset, num_splits, is_far, BLOCK, D)
+    dv = _add_splits(DV_FAR + sums * D + offset, num_splits, is_far, BLOCK, D)
 
     offset = row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
     k = tl.load(K + keys * D + offset)
@@ -525,14 +521,19 @@ OTHER = {  # less shared memory, and no stage more than gains something
 }
 
 
-def _tiles(q):
+def _tiles(q, window):
     """Tile sizes for queries q (B, H, Tq, D): by the generation of the device and by D."""
     Tq, D = q.shape[2:]
     if q.dtype == torch.float32 or Tq <= 32:
         small = Tile(16, 32, max(4, D // 16), 2, 2)
         return Tiles(small, small, small)
     hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
-    return (HOPPER if hopper else OTHER)[max(D, 64)]
+    table = HOPPER if hopper else OTHER
+    tiles = table[max(D, 64)]
+    if window < 128 and tiles.forward.block == 128:
+        # the window's staircase under 128 queries would be three tiles, all masked; under 64, two
+        tiles = tiles._replace(forward=tiles.forward._replace(block=64, num_warps=4))
+    return tiles
 
 
 @library.custom_op("nanosep::attention", mutates_args=())
@@ -544,7 +545,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, far: Tensor, start: Tensor, stop
     q, k, v, far, start, stop = (x.contiguous() for x in (q, k, v, far, start, stop))
     out = torch.empty_like(q)
     lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
-    tile = _tiles(q).forward
+    tile = _tiles(q, window).forward
     with torch.cuda.device_of(q):
         _forward[(B * H * triton.cdiv(Tq, tile.block),)](
             q, q if q_sink is None else q_sink.contiguous(), k, v, far, start, stop, out, lse,
@@ -581,32 +582,32 @@ def _attention_backward(
     row = torch.where(entry < stop[:, -1:], far, Tk).long()
     entry_of_row = entry.new_full((B, Tk + 1), -1).scatter_(1, row, entry)[:, :Tk].contiguous()
 
-    tiles = _tiles(q)
-    far_tile = tiles.dkdv
-    near_tile = tiles.dkdv
-    far_programs = triton.cdiv(S, far_tile.block) + 1  # per head; sinks may need one block more
-    dk_far = torch.empty(B * H, far_programs * far_tile.block, D,
+    tiles = _tiles(q, window)
+    tile = tiles.dkdv
+    far_programs = triton.cdiv(S, tile.block) + 1  # per head; sinks may need one block more
+    dk_far = torch.empty(B * H, far_programs * tile.block, D,
                          dtype=torch.float32, device=q.device)
     dv_far = torch.empty_like(dk_far)
-    # The order of these launches is part of the algorithm: dq writes delta, which both others read,
-    # and the near pass reads the sums that the far pass has written.
     with torch.cuda.device_of(q):
+        # The order of the launches is part of the algorithm: `_backward_dq` writes delta, which the
+        # others read, and the near pass reads the sums that the far pass has written.
         tile = tiles.dq
         _backward_dq[(B * H * triton.cdiv(Tq, tile.block),)](
             q, q_sink, k, v, far, start, stop, out, lse, do, delta, dq, dq_sink,
             H, Tq, Tk, S, window, sinks,
             D=D, BLOCK=tile.block, TILE=tile.tile, STAGES=tile.stages, FAR_STAGES=tile.far_stages,
             HAS_Q_SINK=has_q_sink, num_warps=tile.num_warps, maxnreg=tile.maxnreg)
+        tile = tiles.dkdv
         _backward_dkdv_far[(B * H * far_programs,)](
             q, q_sink, k, v, far, stop, first_query, end_query, lse, do, delta, dk_far, dv_far,
             H, Tq, Tk, S, sinks, far_programs,
-            D=D, BLOCK=far_tile.block, TILE=far_tile.tile, STAGES=far_tile.stages,
-            num_warps=far_tile.num_warps, maxnreg=far_tile.maxnreg)
-        _backward_dkdv_near[(B * H * triton.cdiv(Tk, near_tile.block),)](
+            D=D, BLOCK=tile.block, TILE=tile.tile, STAGES=tile.stages,
+            num_warps=tile.num_warps, maxnreg=tile.maxnreg)
+        _backward_dkdv_near[(B * H * triton.cdiv(Tk, tile.block),)](
             q, k, v, stop, entry_of_row, lse, do, delta, dk, dv, dk_far, dv_far,
             H, Tq, Tk, window, sinks, far_programs,
-            D=D, BLOCK=near_tile.block, TILE=near_tile.tile, STAGES=near_tile.stages,
-            FAR_BLOCK=far_tile.block, num_warps=near_tile.num_warps, maxnreg=near_tile.maxnreg)
+            D=D, BLOCK=tile.block, TILE=tile.tile, STAGES=tile.stages,
+            num_warps=tile.num_warps, maxnreg=tile.maxnreg)
     return dq, dk, dv, dq_sink
 
 
