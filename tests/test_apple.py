@@ -1,10 +1,8 @@
-"""What an Apple GPU cannot do is not asked of it: no float64 outside the angles, no missing operation.
+"""What an Apple GPU cannot do is not asked of it: no float64 but for angles, no missing operation.
 
 It cannot be run without one. So training, streaming and scoring run on the CPU, under a watch that
 refuses what would fail there.
 """
-import contextlib
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,30 +14,34 @@ from data import prepare
 
 # from PyTorch's own list of what it skips on MPS, torch/testing/_internal/common_mps.py, and what
 # that leaves to the CPU
-MISSING = {"put", "put_", "kthvalue", "median", "nanmedian", "mode", "heaviside", "frexp", "logspace",
-           "matrix_exp", "geqrf", "linalg_eig", "linalg_eigh", "linalg_lstsq", "linalg_svdvals",
-           "linalg_matrix_norm", "hash_tensor", "glu", "huber_loss", "log_sigmoid_forward", "mish"}
+MISSING = {"put", "put_", "kthvalue", "median", "nanmedian", "mode", "heaviside", "frexp",
+           "logspace", "matrix_exp", "geqrf", "linalg_eig", "linalg_eigh", "linalg_lstsq",
+           "linalg_svdvals", "linalg_matrix_norm", "hash_tensor", "glu", "huber_loss",
+           "log_sigmoid_forward", "mish"}
 
 
 class AppleGPU(TorchDispatchMode):
-    """Refuses float64 and missing operations, but for what runs inside of `on_the_cpu`."""
+    """Refuses float64 and missing operations, but for what runs inside of allowed functions."""
 
     def __init__(self):
         super().__init__()
-        self.elsewhere = 0
+        self.is_on_cpu = False
         self.operations = set()
 
-    @contextlib.contextmanager
-    def on_the_cpu(self):
-        self.elsewhere += 1
-        yield
-        self.elsewhere -= 1
+    def allow(self, function):
+        """The function, whose results would be computed on the CPU."""
+        def allowed(*args):
+            self.is_on_cpu = True
+            result = function(*args)
+            self.is_on_cpu = False
+            return result
+        return allowed
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
         name = operation.overloadpacket.__name__
         self.operations.add(name)
-        if not self.elsewhere:
+        if not self.is_on_cpu:
             assert name not in MISSING, f"{operation} is missing on MPS"
             results = result if isinstance(result, (tuple, list)) else [result]
             for x in results:
@@ -53,10 +55,7 @@ def test_training_streaming_and_scoring_ask_for_nothing_that_mps_lacks(tmp_path,
     prepare.prepare(tmp_path / "text", path=tmp_path / "some.txt")
     watch = AppleGPU()
     for name in ("rope_cos_sin", "rope_frequencies"):
-        def angles(*args, function=getattr(model_module, name)):
-            with watch.on_the_cpu():
-                return function(*args)
-        monkeypatch.setattr(model_module, name, angles)
+        monkeypatch.setattr(model_module, name, watch.allow(getattr(model_module, name)))
     checkpoint = tmp_path / "out" / "ckpt.pt"
     with watch:
         code, _, err = run(train, "--data", tmp_path / "text", "--out_dir", tmp_path / "out",
