@@ -234,8 +234,8 @@ def test_two_processes_train_like_one(data, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     options = ["--data", data, *SHAPE, "--max_steps", 50, "--log_every", 1, "--eval_every", 50]
 
-    def start(name, program, *more):
-        command = [sys.executable, *program, "--out_dir", tmp_path / name, *options, *more]
+    def start(name, program):
+        command = [sys.executable, *program, "--out_dir", tmp_path / name, *options]
         return subprocess.run([str(word) for word in command], capture_output=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -244,8 +244,6 @@ def test_two_processes_train_like_one(data, tmp_path):
     assert one.returncode == two.returncode == 0, two.stderr.decode()
     assert len(log_of(tmp_path / "two")) == 51
     assert_close(losses_of(tmp_path / "one"), losses_of(tmp_path / "two"), 1e-5)
-    odd = start("odd", torchrun, "--batch_size", 3)
-    assert odd.returncode == 1 and b"batch_size 3 does not divide" in odd.stderr
 
 
 def test_post_training_starts_from_the_models_loss_and_goes_down(full_checkpoint, data, tmp_path):
