@@ -279,7 +279,7 @@ def make_parser():
                         help="sample among the K likeliest tokens (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument("--stream", action="store_true",
-                        help="write without end, in constant memory")
+                        help="write without end; in constant memory, unless attn is full")
     parser.add_argument("--score", type=Path, metavar="FILE",
                         help="read this text as a stream and print its perplexity; token ids\n"
                              "(uint16) if the model was trained on token ids")

@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import zipfile
 from dataclasses import asdict, dataclass
@@ -41,7 +42,7 @@ from model import GPT, GPTConfig
 from sep_cache import SepConfig, option, require
 
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DEVICE_HELP = "cpu, cuda, cuda:N or mps (Apple GPUs; untried)"
+DEVICE_HELP = "cpu, cuda, cuda:N, or mps (Apple GPUs: untried, with the preset of a CPU)"
 
 
 @dataclass
@@ -55,7 +56,7 @@ class TrainConfig:
     max_steps: int = option(1000, "length of the training")
     learning_rate: float = option(3e-3, "peak learning rate")
     weight_decay: float = option(0.1, "of AdamW, on the matrices")
-    warmup_steps: int = option(50, "steps of rising learning rate; it falls to a tenth afterwards")
+    warmup_steps: int = option(50, "steps of rising learning rate; then it falls to a tenth")
     grad_clip: float = option(1.0, "largest norm of the gradient")
     eval_every: int = option(250, "steps between validations, each of which writes the checkpoint")
     eval_batches: int = option(16, "batches per validation")
@@ -374,9 +375,10 @@ class Parser(argparse.ArgumentParser):
                 defaults = [str(field.default)]
                 defaults += [f"{machine} preset: {preset[field.name]}"
                              for machine, preset in PRESETS.items() if field.name in preset]
+            help_text = textwrap.fill(field.metadata["help"], width=75)
             self.add_argument(f"--{field.name}", type=readers.get(field.type, field.type),
                               metavar=field.name.upper(), default=argparse.SUPPRESS,
-                              help=f"{field.metadata['help']}\n(default: {'; '.join(defaults)})")
+                              help=f"{help_text}\n(default: {'; '.join(defaults)})")
 
     def parse_args(self):
         args, unknown = self.parse_known_args()
