@@ -145,8 +145,43 @@ def decoding(threads):
         print(f"\nOperations of a decoding step of {name}: {sum(counter.counts.values())}")
 
 
+def llama(threads):
+    """Tokens per second of random weights in SmolLM2-135M's shape: `llama.py` against Hugging Face's generate, float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llama import load_model
+    n_tokens = 50
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, rope_theta=100000.0, rms_norm_eps=1e-5,
+        tie_word_embeddings=True)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        sep = load_model(folder, separators=range(100), device="cpu")  # a token in 500
+        full = load_model(folder, attn="full", device="cpu")
+
+    def generate(ids, n):
+        model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=True, pad_token_id=0)
+
+    rows = []
+    for n_threads in sorted({1, threads, os.cpu_count()}):
+        torch.set_num_threads(n_threads)
+        ids = torch.randint(49152, (1, 16))
+        runs = {}
+        for n in (1, n_tokens + 1):  # the difference is decoding alone
+            runs["sep", n] = lambda n=n: list(sep.generate(ids, n))
+            runs["full", n] = lambda n=n: list(full.generate(ids, n))
+            runs["generate", n] = lambda n=n: generate(ids, n)
+        seconds = seconds_of(runs, repeats=5)
+        speed = {name: n_tokens / (seconds[name, n_tokens + 1] - seconds[name, 1])
+                 for name in ("sep", "full", "generate")}
+        rows.append((n_threads, *(f"{value:.1f}" for value in speed.values()), f"{speed['sep'] / speed['generate']:.2f}x"))
+    torch.set_num_threads(threads)
+    table(("threads", "sep", "full", "HF generate", "sep / generate"), rows)
+
+
 def parts():
-    return dict(attention=attention, training=training, decoding=decoding)
+    return dict(attention=attention, training=training, decoding=decoding, llama=llama)
 
 
 def main():
