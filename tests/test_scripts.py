@@ -16,9 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchgen
 from conftest import ROOT, SHAPE, run
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 import sep_cache
@@ -402,7 +400,7 @@ def test_stream_ends_with_a_summary_on_ctrl_c_and_quietly_on_a_closed_pipe(full_
     assert b"Traceback" not in piped.stderr and b"rror" not in piped.stderr
 
 
-# ---- strange texts, shapes and machines
+# ---- strange texts and shapes
 
 
 def test_strange_text_trains_and_streams(tmp_path):
@@ -449,55 +447,6 @@ def test_vocabulary_of_two_and_nanogpt_folders(tmp_path):
     assert out.split()[:2] == ["1", "0"] and set(out.split()) == {"0", "1", "---"}
     out, _ = samples(*base, "--score", folder / "val.bin")
     assert "all 499" in out and "bits per byte" not in out
-
-
-class RefusedOnAppleGPUs(TorchDispatchMode):
-    """Refuses what PyTorch cannot do on Apple GPUs: float64, and operations without an MPS kernel.
-
-    PyTorch's own table of operations says which these are. The angles of the positions may be
-    float64: they are computed on the CPU.
-    """
-
-    def __init__(self):
-        super().__init__()
-        table = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
-        entries = re.split(r"^- func: ", table.read_text(), flags=re.MULTILINE)[1:]
-        self.entry_of = {entry.split("(")[0]: entry for entry in entries}
-        self.n_operations = 0
-
-    def has_kernel(self, name):
-        entry = self.entry_of.get(name)
-        if entry is None:
-            return False
-        if delegate := re.search(r"structured_delegate: (\S+)", entry):
-            return self.has_kernel(delegate[1])
-        return "dispatch:" not in entry or bool(re.search(r"MPS|Composite", entry))
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = str(operation).removeprefix("aten.").removesuffix(".default")
-        is_attention = name.startswith("_scaled_dot_product")  # MPS has one of its own
-        if operation.namespace == "aten" and not is_attention:
-            self.n_operations += 1
-            assert self.has_kernel(name), f"{name} is missing on Apple GPUs"
-        result = operation(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
-            frame, callers = sys._getframe(), set()
-            while frame:
-                callers.add(frame.f_code.co_name)
-                frame = frame.f_back
-            assert any(caller.startswith("rope_") for caller in callers), f"{name} made a float64"
-        return result
-
-
-def test_training_streaming_and_scoring_do_nothing_that_apple_gpus_cannot(data, tmp_path):
-    apple = RefusedOnAppleGPUs()
-    assert apple.has_kernel("add.Tensor") and not apple.has_kernel("linalg_eig")
-    with apple:
-        trains("--data", data, "--out_dir", tmp_path, "--max_steps", 3, *SHAPE)
-        ckpt = ("--ckpt", tmp_path / "ckpt.pt")
-        samples(*ckpt, "--stream", "--max_new_tokens", 60, "--top_k", 5)
-        samples(*ckpt, "--score", data / "val.bin")
-    assert apple.n_operations > 1000
 
 
 def test_the_map_is_printed():
