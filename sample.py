@@ -95,7 +95,7 @@ def cache_status(cache):
     """What the cache holds, beside one that keeps everything."""
     mib = cache.nbytes / 2 ** 20
     full_mib = cache.nbytes_of(cache.n_tokens) / 2 ** 20
-    share = cache.n_rows / cache.n_tokens
+    share = cache.n_rows / max(cache.n_tokens, 1)
     return (f"{cache.n_rows:,.0f} of {cache.n_tokens:,} keys ({share:.2%}), cache {mib:,.2f} MiB "
             f"(a full cache: {full_mib:,.2f})")
 
@@ -113,9 +113,9 @@ class TextWriter:
             return
         self.line += text
         if self.line.endswith("\n") or len(self.line) > self.MAX_LINE:
-            self.close()
+            self.flush()
 
-    def close(self):
+    def flush(self):
         """Print what is still waiting for its line's end."""
         if self.line:
             tqdm.write(self.line.removesuffix("\n"))
@@ -145,7 +145,7 @@ def print_stream(model, tokenizer, cache, prompt, args):
     seconds = time.perf_counter() - start
     bar.close()
     writer.write(tokenizer.decode([], is_end=True))
-    writer.close()
+    writer.flush()
     print(f"\n{bar.n:,} tokens in {seconds:.1f} s, {bar.n / seconds:,.0f} tokens/s; "
           f"{cache_status(cache)}", file=sys.stderr)
 

@@ -357,6 +357,18 @@ def test_text_is_decoded_as_its_bytes_arrive():
     assert bytes(tokenizer.encode(not_utf8.decode(errors="surrogateescape"))) == not_utf8
 
 
+def test_on_a_terminal_text_comes_in_whole_lines_and_its_end_is_not_lost(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    writer = sample.TextWriter()
+    seen = []
+    for part in ("On", "e.\n", "Two", "x" * 150, "en", "d"):
+        writer.write(part)
+        seen.append(capsys.readouterr().out)
+    writer.flush()
+    assert seen == ["", "One.\n", "", "Two" + "x" * 150 + "\n", "", ""]
+    assert capsys.readouterr().out == "end\n"
+
+
 def test_score_is_the_dense_forwards_perplexity(full_checkpoint, data, tmp_path):
     file = tmp_path / "score.txt"
     file.write_bytes((data / "train.bin").read_bytes()[7:1200])
