@@ -126,9 +126,9 @@ class TextWriter:
             return
         self.line += text
         if self.line.endswith("\n") or len(self.line) > self.MAX_LINE:
-            self.close()
+            self.flush()
 
-    def close(self):
+    def flush(self):
         """Print what is still waiting for its line's end."""
         if self.line:
             tqdm.write(self.line.removesuffix("\n"))
@@ -158,7 +158,7 @@ def print_stream(model, tokenizer, cache, prompt, args):
     seconds = time.perf_counter() - start
     bar.close()
     writer.write(tokenizer.decode([], is_end=True))
-    writer.close()
+    writer.flush()
     print(f"\n{bar.n:,} tokens in {seconds:.1f} s, {bar.n / seconds:,.0f} tokens/s; "
           f"{cache_status(cache)}", file=sys.stderr)
 
@@ -302,7 +302,7 @@ def make_parser():
                         help="sample among the K likeliest tokens (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument("--stream", action="store_true",
-                        help="write without end, in constant memory")
+                        help="write without end; in constant memory, unless attn is full")
     parser.add_argument("--score", type=Path, metavar="FILE",
                         help="read this text as a stream and print its perplexity; token ids\n"
                              "(uint16) if the model was trained on token ids")

@@ -83,6 +83,11 @@ def test_what_a_checkpoint_has_settled_cannot_be_changed(full_checkpoint, data, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_batch_that_cannot_be_divided_is_a_sentence(data, tmp_path):
+    options = ("--data", data, "--out_dir", tmp_path, *TRAIN_SHORTLY, "--grad_accum_steps", 3)
+    one_sentence(run(train, *options), 1, "batch_size 4 does not divide by 1 processes x", "of 3")
+
+
 def test_hostile_meta_is_a_sentence(tmp_path):
     good = dict(vocab_size=256, dtype="uint8", separators=[46])
     for part in ("train.bin", "val.bin"):
