@@ -58,7 +58,7 @@ def random_layout(B, Tq, Tk, window, sinks):
 
 
 def random_case(dtype, head_sizes):
-    """Inputs of every shape and option that the kernel takes: tensors, then layout, window, sinks."""
+    """Inputs of every shape and option that the kernel takes: tensors; layout, window, sinks."""
     B, H, D = random.randint(1, 3), random.randint(1, 3), random.choice(head_sizes)
     lengths = [1, 2, random.randint(1, 40), random.randint(1, 80)]
     if B * H <= 2:  # the interpreter is slow
