@@ -348,7 +348,7 @@ def _forward(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, H, Tq, Tk, S, window, 
     acc = tl.zeros([BLOCK, D], tl.float32)
     m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf, as a row without keys has m_i - m_i = 0
     l_i = tl.zeros([BLOCK], tl.float32)
-    q = tl.load(Q_SINK + queries * D + offset)  # Q itself, if the sinks have no queries of their own
+    q = tl.load(Q_SINK + queries * D + offset)  # Q itself, if there is no q_sink
     acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
                                   D, SINK_TILE, GATHER=True, STAGES=1)
     if HAS_Q_SINK:
@@ -522,7 +522,7 @@ def _backward_dkdv_far(Q, Q_SINK, K, V, FAR, STOP, FIRST_QUERY, END_QUERY, LSE, 
 
 @jit
 def _add_splits(SUMS, num_splits, is_far, BLOCK: tl.constexpr, D: tl.constexpr):
-    """The sums (BLOCK, D) that the programs of the far pass have written; 0 where a key is not far."""
+    """The sums (BLOCK, D) that programs of the far pass have written; 0 where a key is not far."""
     total = tl.zeros([BLOCK, D], tl.float32)
     for split in range(num_splits):
         total += tl.load(SUMS + split * BLOCK * D, mask=is_far[:, None], other=0.0)
