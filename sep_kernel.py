@@ -130,11 +130,11 @@ def _attention_torch(q, k, v, layout, window, sinks, q_sink):
 # sees a staircase. Every row sees all of a full tile; only the tiles left and right of these need a
 # mask. `_count_tiles` counts the three kinds.
 #
-#     row 0   [============================)
-#     row 1       [==============================)
-#     row 2             [==================================)
-#             | left | left | full | full |  right |  right |
-#             first         full_lo                         last
+#     row 0    [=================================)
+#     row 1           [===============================)
+#     row 2                   [=============================)
+#             | left  | left  | full  | full  | right | right |
+#              first          full_lo                       last
 #
 # Tensors are contiguous. A program moves its pointers to its head by a 64-bit offset; offsets
 # inside of a head are 32 bits wide.
