@@ -204,12 +204,14 @@ def _keys_of_blocks(layout, window, sinks, Tq, Tk):
 # over the queries that see them; it computes the transposed tiles sT, pT, dpT, dsT.
 #
 # The ranges of a block differ from row to row, but neither end ever moves back, so a block of rows
-# sees a staircase. `_count_tiles` cuts it into tiles:
+# sees a staircase. Every row sees all of a full tile; only the tiles left and right of these need a
+# mask. `_count_tiles` counts the three kinds.
 #
-#     row 0   [==========)                | n_left  | n_full   | n_right |
-#     row 1      [==========)             |         |          |         |
-#     row 2         [==========)          every row of the block sees all of the full tiles, so
-#             |left |full|right|          only tiles at the left and at the right need a mask
+#     row 0    [=================================)
+#     row 1           [===============================)
+#     row 2                   [=============================)
+#             | left  | left  | full  | full  | right | right |
+#              first          full_lo                       last
 #
 # Tensors are contiguous. A program moves its pointers to its head by a 64-bit offset; offsets
 # inside of a head are 32 bits wide.
@@ -239,7 +241,7 @@ def _dot(a, b):
 
 @jit
 def _count_tiles(lo, hi, TILE: tl.constexpr):
-    """The tiles of a block whose row r sees the range [lo[r], hi[r]); some of them need no mask."""
+    """How the union of the rows' ranges [lo, hi) is cut into tiles: see the picture above."""
     first = tl.min(lo, 0)
     last = tl.max(hi, 0)
     full_lo = tl.max(lo, 0)
@@ -252,8 +254,12 @@ def _count_tiles(lo, hi, TILE: tl.constexpr):
 
 @jit
 def _n_tiles(tiles, MASKED: tl.constexpr):
+    """How many tiles need a mask, or how many need none."""
     _, _, _, n_left, n_full, n_right = tiles
-    n = n_left + n_right if MASKED else n_full
+    if MASKED:
+        n = n_left + n_right
+    else:
+        n = n_full
     return n
 
 
@@ -335,7 +341,7 @@ def _forward(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, H, Tq, Tk, S, window, 
              FAR_STAGES: tl.constexpr, HAS_Q_SINK: tl.constexpr):
     """The output of BLOCK queries of one head, and the log-sum-exp of their scores."""
     bh, t = _query_block(Tq, BLOCK)
-    t = tl.minimum(t, Tq - 1)  # queries past the end repeat the last one, and are not stored
+    t = tl.minimum(t, Tq - 1)  # those past the end repeat the last query, and store what it stores
     b = bh // H
     queries = bh * Tq  # rows before this head's
     FAR += b * S
@@ -418,6 +424,7 @@ def _backward_dq(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, DO, DELTA, DQ, DQ_
         tl.store(DQ_SINK + queries * D + offset, (dq * D ** -0.5).to(q.dtype))
         dq = tl.zeros([BLOCK, D], tl.float32)
         q = tl.load(Q + queries * D + offset)
+    # the window before the far list: the other way around takes more registers
     dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, near_lo, near_hi,
                   D, TILE, GATHER=False, STAGES=STAGES)
     dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, far_lo, far_hi,
