@@ -372,7 +372,7 @@ def _forward(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, H, Tq, Tk, S, window, 
 @jit
 def _dq_loop(dq, q, do, lse, delta, K, V, FAR, lo, hi, D: tl.constexpr, TILE: tl.constexpr,
              GATHER: tl.constexpr, STAGES: tl.constexpr):
-    """Adds to dq of a block of queries, not scaled, what the keys [lo, hi) of each contribute."""
+    """Adds to dq (not scaled) of BLOCK queries what the keys [lo, hi) of each contribute."""
     scale: tl.constexpr = D ** -0.5 * LOG2E
     tiles = _count_tiles(lo, hi, TILE)
     for MASKED in tl.static_range(2):
@@ -437,7 +437,7 @@ def _backward_dq(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, DO, DELTA, DQ, DQ_
 @jit
 def _dkdv_loop(dk, dv, k, v, Q, DO, LSE, DELTA, lo, hi, split, num_splits,
                D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):
-    """Adds to dk (not scaled) and dv of a block of keys what the queries [lo, hi) of each add.
+    """Adds to dk (not scaled) and dv of BLOCK keys what the queries [lo, hi) of each contribute.
 
     Of `num_splits` programs that share these queries this is number `split`.
     """
