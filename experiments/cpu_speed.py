@@ -3,9 +3,10 @@
     python experiments/cpu_speed.py                    all tables, about half an hour
     python experiments/cpu_speed.py --only decoding    one of them
 
-Whatever is compared takes turns in one process, in float32, on `--threads` threads (default 1);
-medians. Decoding is compared with Hugging Face's library, which only experiments ask for:
-`pip install transformers`.
+In attention, decoding, scoring and pretrained, what is compared takes turns in one process, in
+float32, on `--threads` threads (default 1; pretrained: 1 and all); medians. Training and busy are
+runs of train.py and sample.py. Decoding is compared with Hugging Face's library, which only
+experiments ask for: `pip install transformers`.
 """
 import argparse
 import json
@@ -193,9 +194,11 @@ def busy(threads):
         alone = stream_speed(f"{folder}/ckpt.pt")
         others = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
                   for _ in range(os.cpu_count())]
-        crowded = stream_speed(f"{folder}/ckpt.pt")
-        for process in others:
-            process.kill()
+        try:
+            crowded = stream_speed(f"{folder}/ckpt.pt")
+        finally:
+            for process in others:
+                process.kill()
     table(("alone", "busy machine", "kept"), [(alone, crowded, f"{crowded / alone:.0%}")])
 
 
@@ -228,7 +231,7 @@ def scoring(threads):
     table(runs, [[f"{ids.shape[1] / value:,.0f}" for value in seconds.values()]])
 
 
-def llama(threads):
+def pretrained(threads):
     """Tokens per second of random weights in SmolLM2-135M's shape: `llama.py`, and Hugging Face's
     generate, float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -266,7 +269,7 @@ def llama(threads):
 
 
 TABLES = {"attention": attention, "training": training, "decoding": decoding, "busy": busy,
-          "scoring": scoring, "llama": llama}
+          "scoring": scoring, "pretrained": pretrained}
 
 
 def main():
