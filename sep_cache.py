@@ -309,7 +309,7 @@ class SepCache:
         if T == 1:
             store[0].index_copy_(2, self.new_slot, k)
             store[1].index_copy_(2, self.new_slot, v)
-            return store.unbind(0)
+            return store[:, :, :, self.slots_to_read].unbind(0)
         old = _gather_rows(store, self.row_to_slot)
         rows = torch.cat([old, torch.stack([k, v])], dim=3)  # (2, B, H, M, D)
         store.copy_(_gather_rows(rows, self.slot_to_row))
@@ -358,7 +358,12 @@ class SepCache:
         self.slot_position.index_copy_(1, self.new_slot, position.expand(B, 1))
         self.slot_kept.index_copy_(1, self.new_slot, is_kept(ids, position, config))
         mask = torch.where(self.visible_slots(position), 0.0, -torch.inf).to(self.kv.dtype)
-        return SlotLayout(mask[:, None, None])
+
+        # a young text has used only the first slots of the window (a graph needs fixed shapes)
+        self.slots_to_read = slice(None)
+        if self.n_tokens < config.window and not ids.is_cuda:
+            self.slots_to_read = slice(self.n_far + 1, self.n_far + 2 + self.n_tokens)
+        return SlotLayout(mask[:, None, None, self.slots_to_read])
 
     def _advance_chunk(self, ids, positions):
         """Several new tokens: a far list over rows in order of position, then all slots anew."""
