@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import apply_rope, generate, rotations
+from model import apply_rope, generate, rotations, signed_frequencies
 from sep_cache import SepConfig, far_layout, require
 from sep_kernel import attend
 
@@ -176,10 +176,9 @@ def rope_frequencies(inv_freq, device):
     """Angle per position of each channel, (D,) float64, in the form of `model.rope_frequencies`."""
     key = inv_freq, device
     if key not in _rope_frequencies:
-        frequencies = torch.tensor(inv_freq, dtype=torch.float64)  # (D / 2,)
-        frequencies = torch.cat([-frequencies, frequencies])
-        has_float64 = device.type != "mps"  # Apple GPUs do not
-        _rope_frequencies[key] = frequencies.to(device) if has_float64 else frequencies
+        with torch.inference_mode(False):
+            frequencies = torch.tensor(inv_freq, dtype=torch.float64)  # (D / 2,)
+            _rope_frequencies[key] = signed_frequencies(frequencies, device)
     return _rope_frequencies[key]
 
 

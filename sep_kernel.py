@@ -55,15 +55,19 @@ def sep_attention(q, k, v, layout, window, sinks=0, q_sink=None, impl="auto"):
     [start, stop) of far; its window, key rows r with `0 <= Tk - Tq + t - r < window`.
 
     Returns (B, H, Tq, D), differentiable in q, k, v and q_sink.
-    Raises ValueError for an unknown impl, and where impl="triton" cannot do what is asked.
+    Raises ValueError for an unknown impl, for q, k and v of different dtypes, and where
+    impl="triton" cannot do what is asked.
     """
     can_do = (
         triton is not None
         and q.shape[3] in (16, 32, 64, 128)
         and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and max(k.shape[2], layout.far.shape[1]) * q.shape[3] < 2 ** 31 - 2 ** 16
     )
-    needs = ("triton, a CUDA device, D 16, 32, 64 or 128 and bf16, fp16 or fp32; "
-             f"given: D {q.shape[3]}, {q.dtype}, {q.device}")
+    needs = ("triton, a CUDA device, D 16, 32, 64 or 128, bf16, fp16 or fp32, and Tk * D below "
+             f"2^31; given: D {q.shape[3]}, {q.dtype}, {q.device}, Tk {k.shape[2]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, and must agree")
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl is {impl!r}, and must be auto, triton or torch")
     if impl == "auto":
@@ -136,7 +140,8 @@ def _attention_torch(q, k, v, layout, window, sinks, q_sink):
         n_sinks = min(sinks, layout.far.shape[1])  # the first keys of each block
         sink_scores = block_queries(q_sink) @ k[:, :, :n_sinks].mT
         scores = torch.cat([sink_scores, q @ k[:, :, n_sinks:].mT], dim=-1) * D ** -0.5
-        out = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        out = weights @ v
     out = out.view(B, N, H, BLOCK, -1).transpose(1, 2)  # (B, H, N, BLOCK, D)
     return out.flatten(2, 3)[:, :, :Tq]
 
@@ -156,17 +161,17 @@ def _keys_of_blocks(layout, window, sinks, Tq, Tk):
     query_row = Tk - Tq + query
 
     # the far entries: the sinks, and what the block's queries see between the first and the last
-    first = start[:, query[:, 0]].long()  # (B, N)
-    last = stop[:, query[:, -1]].long()
-    longest = (last - first).max().clamp(min=0).item()
+    first_entry = start[:, query[:, 0]].long()  # (B, N)
+    end_entry = stop[:, query[:, -1]].long()
+    longest = (end_entry - first_entry).max().clamp(min=0).item()
     sink_entries = torch.arange(min(sinks, S), device=device).expand(B, N, -1)
-    range_entries = first[:, :, None] + torch.arange(longest, device=device)
+    range_entries = first_entry[:, :, None] + torch.arange(longest, device=device)
     entries = torch.cat([sink_entries, range_entries], dim=-1)  # (B, N, E)
     far_rows = far.gather(1, entries.clamp(max=S - 1).flatten(1)).view(entries.shape)
     entry = entries[:, :, None]  # (B, N, 1, E)
-    start = start[:, query, None]  # (B, N, BLOCK, 1)
-    stop = stop[:, query, None]
-    far_visible = (entry < stop) & ((entry < sinks) | (entry >= start))
+    query_start = start[:, query, None]  # (B, N, BLOCK, 1)
+    query_stop = stop[:, query, None]
+    far_visible = (entry < query_stop) & ((entry < sinks) | (entry >= query_start))
 
     # the window's rows, of all queries of the block
     width = min(window + BLOCK - 1, Tk)
