@@ -273,32 +273,28 @@ def read_weights(folder, model, dtype, device):
     Files are mapped, not copied, and tensors converted one by one: all are in memory once.
     """
     safetensors = optional_package("safetensors")
-    embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    parameters = dict(model.named_parameters())
-    shapes = {name_in_file(name): tuple(weight.shape) for name, weight in parameters.items()}
-    shapes[head] = shapes[embed]  # a tied model's file may repeat the embedding
     weights = {}
     for path in weight_files(folder):
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (it is no dict)
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue  # old files repeat what config.json says
-                    require(name in shapes,
-                            f"{path} holds {name}, which such a model does not have")
-                    tensor = file.get_tensor(name)
-                    shape = tuple(tensor.shape)
-                    require(shape == shapes[name],
-                            f"{path}: {name} has shape {shape}, and must have {shapes[name]}")
-                    weights[name] = tensor.to(device, dtype)
+                    weights[name] = file.get_tensor(name).to(device, dtype)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} cannot be read, maybe half a download: {error}") from None
-    for name in map(name_in_file, parameters):
+
+    parameters = {name_in_file(name): weight for name, weight in model.named_parameters()}
+    for name, parameter in parameters.items():
         require(name in weights, f"{folder} lacks the tensor {name}")
-    if model.config.tied and head in weights:
-        require(torch.equal(weights[head], weights[embed]),
+        shape, must = tuple(weights[name].shape), tuple(parameter.shape)
+        require(shape == must, f"{folder}: {name} has shape {shape}, and must have {must}")
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    if model.config.tied and head in weights:  # the file may repeat the embedding
+        require(torch.equal(weights.pop(head), weights[embed]),
                 f"{folder}: tie_word_embeddings is true, but {head} is not {embed}")
-    return {name: weights[name_in_file(name)] for name in parameters}
+    for name in weights:  # old files repeat RoPE's inv_freq, which config.json says
+        require(name in parameters or name.endswith("rotary_emb.inv_freq"),
+                f"{folder} holds {name}, which such a model does not have")
+    return {name: weights[name_in_file(name)] for name, _ in model.named_parameters()}
 
 
 def name_in_file(name):

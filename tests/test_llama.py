@@ -312,7 +312,7 @@ UNSUPPORTED_KEYS = [
     ({"num_hidden_layers": 3}, "lacks the tensor model.layers.2.input_layernorm.weight"),
     ({"num_hidden_layers": 1},
      "holds model.layers.1.input_layernorm.weight, which such a model does not have"),
-    ({"intermediate_size": 81}, r"down_proj.weight has shape \(64, 80\), and must have \(64, 81\)"),
+    ({"intermediate_size": 81}, r"gate_proj.weight has shape \(80, 64\), and must have \(81, 64\)"),
 ]
 
 
