@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import apply_rope, generate, rotations, signed_frequencies
+from model import apply_rope, forward_cos_sin, generate, signed_frequencies
 from sep_cache import SepConfig, far_layout, require
 from sep_kernel import attend
 
@@ -148,7 +148,7 @@ class Llama(nn.Module):
 
         x = self.embed(ids)  # (B, T, C)
         frequencies = rope_frequencies(config.inv_freq, ids.device)
-        cos_sin, sink_cos_sin = rotations(positions, frequencies, x.dtype, config, cache)
+        cos_sin, sink_cos_sin = forward_cos_sin(positions, frequencies, x.dtype, config, cache)
         for block in self.layers:
             x = block(x, layout, cos_sin, sink_cos_sin, cache)
         head = self.embed if config.tied else self.lm_head

@@ -89,8 +89,8 @@ def apply_rope(x, cos_sin):
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
-def rotations(positions, frequencies, dtype, config, cache=None):
-    """The rotations of one forward: (cos_sin of q and k, sink_cos_sin of q_sink or None).
+def forward_cos_sin(positions, frequencies, dtype, config, cache=None):
+    """What rotates the heads of one forward: cos_sin of q and k, sink_cos_sin of q_sink or None.
 
     Tokens stand at their positions in the text. Separators are dropped at distance `block_size`,
     but the sinks stay. So that they, too, are scored at no distance that training has not shown,
@@ -128,7 +128,7 @@ class CausalSelfAttention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, layout, cos_sin, sink_cos_sin=None, cache=None):
-        """x (B, T, C) -> (B, T, C). The rotations are those of q and k, and of q_sink."""
+        """x (B, T, C) -> (B, T, C). cos_sin rotates q and k, sink_cos_sin makes q_sink."""
         B, T, C = x.shape
         config = self.config
         qkv = self.qkv(x).view(B, T, 3, config.n_head, config.head_dim)
@@ -209,7 +209,7 @@ class GPT(nn.Module):
 
         x = self.embed(ids)  # (B, T, C)
         frequencies = rope_frequencies(config.head_dim, 10000.0, ids.device)
-        cos_sin, sink_cos_sin = rotations(positions, frequencies, x.dtype, config, cache)
+        cos_sin, sink_cos_sin = forward_cos_sin(positions, frequencies, x.dtype, config, cache)
         for block in self.blocks:
             x = block(x, layout, cos_sin, sink_cos_sin, cache)
         logits = F.linear(norm(x), self.embed.weight)  # (B, T, V)

@@ -111,9 +111,9 @@ def cache_status(cache):
     """What the cache holds, beside one that keeps everything."""
     mib = cache.nbytes / 2 ** 20
     full_mib = cache.nbytes_of(cache.n_tokens) / 2 ** 20
-    share = cache.n_rows / max(cache.n_tokens, 1)  # interrupted before the first token: 0
-    return (f"{cache.n_rows:,.0f} of {cache.n_tokens:,} keys ({share:.2%}), cache {mib:,.2f} MiB "
-            f"(a full cache: {full_mib:,.2f})")
+    share = cache.n_visible_keys / max(cache.n_tokens, 1)  # interrupted before the first token: 0
+    return (f"{cache.n_visible_keys:,.0f} of {cache.n_tokens:,} keys ({share:.2%}), "
+            f"cache {mib:,.2f} MiB (a full cache: {full_mib:,.2f})")
 
 
 class TextWriter:
@@ -247,7 +247,7 @@ def score(model, cache, tokens, device, signals=()):
                 begin = max(span.start - chunk_start, 0)
                 end = max(span.end - chunk_start, 0)
                 sums[span] += nats[begin:end].sum()
-            total_share += key_shares(chunk_start, len(nats), cache.n_rows).sum()
+            total_share += key_shares(chunk_start, len(nats), cache.n_visible_keys).sum()
             n_read = chunk_start + len(nats)
             if chunk_start == 0:
                 first_memory_gib = peak_memory(device)
@@ -270,14 +270,14 @@ def perplexity(nats):
         return np.exp(nats)
 
 
-def key_shares(start, n_tokens, n_rows):
+def key_shares(start, n_tokens, n_visible_keys):
     """Keys seen / tokens so far, for each of n_tokens from position `start` on (the paper's r.KV).
 
-    n_rows: keys that the last of them sees. It stands for all of a chunk, except that no token sees
-    more keys than there are: exact for full attention and a window, close for separators.
+    n_visible_keys: of the last of them. It stands for all of a chunk, except that no token sees more
+    keys than there are: exact for full attention and a window, close for separators.
     """
     n_so_far = np.arange(start + 1, start + n_tokens + 1)
-    return np.minimum(n_rows, n_so_far) / n_so_far
+    return np.minimum(n_visible_keys, n_so_far) / n_so_far
 
 
 def print_score(result, cache, is_bytes):

@@ -268,7 +268,7 @@ class SepCache:
         return layers * two * B * H * D * self.kv.element_size() * n_tokens
 
     @property
-    def n_rows(self):
+    def n_visible_keys(self):
         """How many keys the latest token sees, the mean over the batch."""
         if self.is_full or self.n_tokens == 0:
             return float(self.n_tokens)

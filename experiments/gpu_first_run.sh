@@ -40,7 +40,7 @@ step kernel_tests 240 "python -m pytest -v --durations=5 tests/test_kernel.py"
 
 step table 480 "python experiments/kernel_speed.py"
 
-# candidates for the tables HOPPER and OTHER of sep_kernel.py; the first line is what stands there
+# candidates for the tables of launch sizes in sep_kernel.py; the first line is what stands there
 case="python experiments/kernel_speed.py --T 65536 --every 10 --max_seps 1024 --sep_alone"
 step tiles 240 "$case
 for tile in 128,64,4,3,5,168 128,64,8,3,5,128 64,64,4,3,5 128,64,4,3,3; do

@@ -568,7 +568,7 @@ def test_200_000_tokens_take_constant_memory(seed, tmp_path):
     assert logits.isfinite().all() and cache.n_tokens == 200_001
     assert cache.nbytes == nbytes and cache.kv.data_ptr() == address
     assert cache.nbytes_of(cache.n_tokens) > 1000 * nbytes  # an ordinary cache
-    assert cache.n_rows == 4 + 32 + 64
+    assert cache.n_visible_keys == 4 + 32 + 64
 
 
 def test_greedy_generation_equals_greedy_full_forwards(seed, tmp_path):

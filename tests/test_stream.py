@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
 import sep_cache
-from model import GPT, rope_cos_sin, rope_frequencies, rotations
+from model import GPT, forward_cos_sin, rope_cos_sin, rope_frequencies
 from sep_cache import SepCache
 from test_mask import definition_mask
 
@@ -111,7 +111,7 @@ def test_no_key_is_used_at_an_untrained_distance(seed, tiny):
     hidden[0, 2:60 - 8] = torch.randint(12, (50,))  # all at a distance of block_size or more
     assert (model(ids)[0][0, -1] - model(hidden)[0][0, -1]).abs().max() < 1e-12
     frequencies = rope_frequencies(8, 10000.0, torch.device("cpu"))
-    cos_sin, sink_cos_sin = rotations(torch.arange(60), frequencies, torch.float64, config)
+    cos_sin, sink_cos_sin = forward_cos_sin(torch.arange(60), frequencies, torch.float64, config)
     for expected, sink in zip(cos_sin, sink_cos_sin, strict=True):
         assert torch.equal(expected[:8], sink[:8])
         assert (sink[8:] == expected[7]).all()
@@ -180,7 +180,7 @@ def test_the_cache_holds_what_the_latest_token_sees(seed, tiny):
             seen = cache.kv[0, 0, 0, 0, slots, 0].long()
             mask = definition_mask(ids[0, :n_read].tolist(), config)
             assert sorted(seen.tolist()) == mask[-1].nonzero()[:, 0].tolist(), config
-            assert cache.n_rows == len(seen)
+            assert cache.n_visible_keys == len(seen)
 
 
 def test_cache_refuses_another_batch_size_and_another_dtype(tiny):
@@ -195,7 +195,7 @@ def test_cache_refuses_another_batch_size_and_another_dtype(tiny):
 
 def test_a_stream_keeps_no_graph_of_its_past(tiny):
     cache = SepCache(tiny())
-    assert cache.n_rows == 0
+    assert cache.n_visible_keys == 0
     model = GPT(tiny())
     for T in (9, 1, 30):
         model(torch.zeros(1, T, dtype=torch.int64), cache=cache)
