@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -155,21 +154,22 @@ def decoding(threads):
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts what launches a kernel on a GPU: operations but for views and empty conversions."""
-    VIEWS = {"view", "_unsafe_view", "transpose", "permute", "t", "select", "slice", "unsqueeze",
-             "expand", "unbind", "detach", "alias", "squeeze", "split", "empty", "empty_like",
-             "promote_types"}
+    """Counts what launches a kernel on a GPU: whatever computes new values, or writes in place."""
 
     def __init__(self):
         super().__init__()
-        self.counts = Counter()
+        self.count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
         name = operation.overloadpacket.__name__
-        is_no_op = name == "to" and result is args[0]
-        if name not in self.VIEWS and not is_no_op:
-            self.counts[name] += 1
+        first = result[0] if isinstance(result, (tuple, list)) else result
+        if not isinstance(first, torch.Tensor) or name.startswith("empty"):
+            return result
+        memory = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        is_view = first.untyped_storage().data_ptr() in memory
+        if not is_view or name.endswith("_"):
+            self.count += 1
         return result
 
 
@@ -182,7 +182,7 @@ def count_operations(n_layer):
         with OperationCounter() as counter:
             logits, _ = model(ids[:, :1], cache=cache)
             sample_token(logits[:, -1], 1.0, None)
-    return sum(counter.counts.values())
+    return counter.count
 
 
 def busy(threads):
