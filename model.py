@@ -1,11 +1,11 @@
-"""The GPT: nanoGPT's transformer with rotary positions, and attention to sinks, separators and a window (SepLLM).
+"""The GPT: nanoGPT's transformer with rotary positions, over sinks, separators and a window.
 
-The one idea: training, prefill and decoding are the same `forward`. Without a cache the queries attend to the keys of
-their own text, with one to those that the cache returns. Who sees whom is worked out once, before the first layer.
-Read after `sep_cache.py` (its mask and its far list) and the first half of `sep_kernel.py`.
+The one idea: training, prefill and decoding are the same `forward`. Without a cache the queries
+attend to the keys of their own text, with one to those that the cache returns. Who sees whom is
+worked out once, before the first layer. Read after `sep_cache.py` (its mask and its far list) and
+the first half of `sep_kernel.py`.
 """
 import dataclasses
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from sep_kernel import attend
 
 @dataclass
 class GPTConfig(SepConfig):
-    """The attention's settings and the shape of the model. ValueError names the field that is out of range."""
+    """The attention's settings and the model's shape. ValueError names what is out of range."""
     vocab_size: int = 256  # belongs to the data
     n_layer: int = option(4, "number of layers")
     n_head: int = option(4, "attention heads per layer")
@@ -27,11 +27,12 @@ class GPTConfig(SepConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("vocab_size", "n_layer", "n_head", "n_embd"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, and must be at least 1")
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is {value}, and must be at least 1")
         require(self.n_embd % (2 * self.n_head) == 0,
-                f"n_embd is {self.n_embd}, and must be an even multiple of n_head, which is {self.n_head}")
+                f"n_embd is {self.n_embd}, and must be an even multiple of n_head, {self.n_head}")
         require(all(0 <= s < self.vocab_size for s in self.separators),
-                f"separators are {self.separators}, and must be ids below vocab_size, which is {self.vocab_size}")
+                f"separators are {self.separators}, and must be ids below {self.vocab_size}")
 
     @property
     def n_kv_head(self):
@@ -45,25 +46,33 @@ class GPTConfig(SepConfig):
 # ---- rotary position embeddings (RoFormer, arXiv 2104.09864)
 
 
-@functools.lru_cache(maxsize=16)
+_rope_frequencies = {}
+
+
 @torch.compiler.assume_constant_result
 def rope_frequencies(head_dim, base, device):
-    """Angle per position of each channel, (D,) float64; the first half is negative, see `rope_cos_sin`."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    frequencies = base ** -exponent  # (D / 2,) of the channel pairs
-    return torch.cat([-frequencies, frequencies]).to(device)
+    """Angle per position of each channel, (D,) float64; the first half is negative (see below)."""
+    key = head_dim, base, device
+    if key not in _rope_frequencies:
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+        frequencies = base ** -exponent  # (D / 2,) of the channel pairs
+        frequencies = torch.cat([-frequencies, frequencies])
+        has_float64 = device.type != "mps"  # Apple GPUs do not
+        _rope_frequencies[key] = frequencies.to(device) if has_float64 else frequencies
+    return _rope_frequencies[key]
 
 
 def rope_cos_sin(positions, frequencies, dtype):
     """Cosines and signed sines for `apply_rope`: positions (T,), frequencies (D,) -> two of (T, D).
 
-    The first channel of a pair needs -sin(a), the second sin(a): with its frequency negative, it gets sin(-a), and
-    cos(-a) = cos(a). Angles are products in float64: at position 4,000,000 float32 would be off by a quarter of a radian.
-    `dtype` is the model's; the results have at least float32.
+    The first channel of a pair needs -sin(a), the second sin(a): with a negative frequency the
+    first gets sin(-a) = -sin(a), and cos(-a) = cos(a). Angles are products in float64: at position
+    4,000,000 float32 would be off by a quarter of a radian. `dtype` is the model's; the results
+    have at least float32.
     """
-    angle = positions.double()[:, None] * frequencies  # (T, D)
+    angle = positions.to(frequencies.device).double()[:, None] * frequencies  # (T, D)
     dtype = torch.promote_types(dtype, torch.float32)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return angle.cos().to(positions.device, dtype), angle.sin().to(positions.device, dtype)
 
 
 def apply_rope(x, cos_sin):
@@ -76,10 +85,11 @@ def apply_rope(x, cos_sin):
 def rotations(positions, frequencies, dtype, config, cache=None):
     """The rotations of one forward: (cos_sin of q and k, sink_cos_sin of q_sink or None).
 
-    Tokens stand at their positions in the text. Separators are dropped at the distance `block_size`, but the sinks stay:
-    so that they, too, are scored at no distance that training has not shown, `q_sink` is the query as it would be at
-    position `min(position, block_size - 1)`. For a single token it is cheaper to turn the sinks' keys in the cache
-    forward by the difference, once for all layers, than to score each layer's sinks with a query of their own.
+    Tokens stand at their positions in the text. Separators are dropped at distance `block_size`,
+    but the sinks stay. So that they, too, are scored at no distance that training has not shown,
+    `q_sink` is the query as it would be at position `min(position, block_size - 1)`. For a single
+    token it is cheaper to turn the sinks' keys in the cache forward by the difference, once for all
+    layers, than to score the sinks of each layer with a query of their own.
     """
     cos_sin = rope_cos_sin(positions, frequencies, dtype)
     last_trained = config.block_size - 1
@@ -111,10 +121,11 @@ class CausalSelfAttention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, layout, cos_sin, sink_cos_sin=None, cache=None):
-        """x (B, T, C) -> (B, T, C); layout: who sees whom; cos_sin, sink_cos_sin: rotation of q and k, and of q_sink."""
+        """x (B, T, C) -> (B, T, C). The rotations are those of q and k, and of q_sink."""
         B, T, C = x.shape
         config = self.config
-        qkv = self.qkv(x).view(B, T, 3, config.n_head, config.head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        qkv = self.qkv(x).view(B, T, 3, config.n_head, config.head_dim)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         v = qkv[2]
         qk = norm(qkv[:2])  # QK-norm: scores stay bounded, so a high learning rate is safe
         q_sink = None if sink_cos_sin is None else apply_rope(qk[0], sink_cos_sin)
@@ -169,16 +180,16 @@ class GPT(nn.Module):
         return 0.02
 
     def configure(self, **changes):
-        """Change settings that shape no weights, such as `attn` and `window`. ValueError as in GPTConfig."""
+        """Change settings that shape no weights, like `attn`. ValueError as in GPTConfig."""
         self.config = dataclasses.replace(self.config, **changes)
         for block in self.blocks:
             block.attn.config = self.config
 
     def forward(self, ids, targets=None, cache=None):
-        """ids (B, T) int64; targets (B, T) int64 or None, -1 where no loss is taken; cache: a SepCache, read and extended.
+        """Logits (B, T, V), and the mean cross-entropy in nats or, without targets, None.
 
-        Returns logits (B, T, V) and the mean cross-entropy in nats, or None without targets.
-
+        ids (B, T) int64; targets (B, T) int64, -1 where no loss is taken; cache: a SepCache, which
+        takes the tokens in.
         """
         config = self.config
         T = ids.shape[1]
@@ -212,10 +223,10 @@ PROMPT_CHUNK = 1024  # a long prompt is read in chunks, to bound memory
 
 @torch.inference_mode()
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, cache=None):
-    """Yield `max_new_tokens` times the next token of each sequence, (B,) int64, after the prompts ids (B, T).
+    """Yield, `max_new_tokens` times, the next token (B,) int64 of each of the prompts ids (B, T).
 
-    temperature 0 is greedy; top_k: sample among the k most likely tokens, None: among all. cache: a fresh SepCache, by
-    default one is made. On a GPU the step is a captured CUDA graph.
+    temperature 0 is greedy; top_k: sample among the k most likely tokens, None: among all. cache: a
+    fresh SepCache, by default one is made. On a GPU the step is a captured CUDA graph.
     """
     if cache is None:
         cache = SepCache(model.config, len(ids), ids.device, model.embed.weight.dtype)
@@ -236,12 +247,12 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, cache=None
 
 
 class GraphedStep:
-    """A decoding step as a CUDA graph: one launch instead of hundreds. Its shapes and addresses must not change."""
+    """A decoding step as a CUDA graph, one launch instead of a hundred: its addresses are fixed."""
 
     def __init__(self, step, cache, n_eager=3):
         self.step = step
         self.cache = cache
-        self.n_eager = n_eager  # steps before the capture: nothing may be compiled or allocated during it
+        self.n_eager = n_eager  # steps before the capture, during which nothing may be compiled
         self.graph = None
 
     def __call__(self):

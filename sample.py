@@ -1,11 +1,11 @@
-"""Using a model: samples, an endless stream in constant memory, and scoring a text as a stream.
+"""Using a model: samples, a stream without end in constant memory, and the perplexity of a text.
 
     python sample.py --prompt "To be, " --num_samples 3    samples, made side by side
     python sample.py --stream                              text without end, until Ctrl-C
-    python sample.py --score FILE                          perplexity of a text of any length, by position
-    python sample.py --attn sep --window 64 --stream       another attention than the model was trained with
+    python sample.py --score FILE                          perplexity of a text of any length
+    python sample.py --attn sep --window 64 --stream       another attention than in training
 
-The one idea: all of it is one loop over `model(ids, cache=cache)`. This is the last file to read.
+The one idea: all of it is one loop over `model(ids, cache=cache)`. Read after `train.py`.
 """
 import codecs
 import math
@@ -14,154 +14,352 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import GPTConfig, require
-from sep_cache import SepCache
-from train import ATTENTION, Parser, find_device, load_checkpoint, peak_memory
+from sep_cache import SepCache, SepConfig, require
+from train import (
+    DEFAULT_DEVICE,
+    DEVICE_HELP,
+    Parser,
+    fields_of,
+    find_device,
+    load_checkpoint,
+    peak_memory,
+)
 
-PIECE = {"cpu": 256, "cuda": 16384}  # tokens per forward when a text is scored
+SCORE_CHUNK = {"cpu": 512, "mps": 512, "cuda": 16384}  # tokens per forward
+ONE_THREAD_BELOW = 10_000_000  # parameters
 
 
-def held(cache):
+# ---- text and tokens
+
+
+class ByteTokenizer:
+    """Tokens are bytes."""
+
+    def __init__(self):
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def encode(self, text):
+        # surrogates: bytes of the command line or of a file that are not UTF-8
+        return list(text.encode(errors="surrogateescape"))
+
+    def decode(self, ids, is_end=False):
+        """The text of the next ids; a character whose bytes are not all there yet waits for them.
+
+        is_end: nothing will follow; what is still waiting is shown as U+FFFD.
+        """
+        return self._decoder.decode(bytes(ids), is_end)
+
+    def encode_file(self, path):
+        """The token ids of a file, as an array that is read as it is needed."""
+        return read_tokens(path, np.uint8)
+
+
+class IdTokenizer:
+    """For models of token ids that another program has made: text is their numbers, with spaces."""
+
+    def encode(self, text):
+        try:
+            return [int(word) for word in text.split()]
+        except ValueError:
+            raise ValueError(f"this model reads token ids, so the prompt must be numbers with "
+                             f"spaces between them; it begins with {text[:20]!r}") from None
+
+    def decode(self, ids, is_end=False):
+        return "".join(f"{token} " for token in ids)
+
+    def encode_file(self, path):
+        return read_tokens(path, np.uint16)
+
+
+def read_tokens(path, dtype):
+    """The whole tokens of a binary file (np.memmap)."""
+    require(path.is_file(), f"there is no file {path} to score")
+    n_bytes = path.stat().st_size
+    n_tokens = n_bytes // np.dtype(dtype).itemsize
+    require(n_tokens > 1, f"{path} is too short to score: it has {n_bytes} bytes, and the first "
+            f"token is only read")
+    return np.memmap(path, dtype, mode="r", shape=n_tokens)
+
+
+# ---- generation
+
+
+def cache_status(cache):
     """What the cache holds, beside one that keeps everything."""
-    everything = cache.nbytes_of(cache.n_tokens)
-    return (f"cache {cache.n_rows:,.0f} rows ({cache.n_rows / cache.n_tokens:.2%} of all), {cache.nbytes / 2 ** 20:,.2f} MiB "
-            f"(all: {everything / 2 ** 20:,.2f})")
+    mib = cache.nbytes / 2 ** 20
+    full_mib = cache.nbytes_of(cache.n_tokens) / 2 ** 20
+    share = cache.n_rows / cache.n_tokens
+    return (f"{cache.n_rows:,.0f} of {cache.n_tokens:,} keys ({share:.2%}), cache {mib:,.2f} MiB "
+            f"(a full cache: {full_mib:,.2f})")
 
 
-def writer(is_text):
-    """A function that prints one token: valid UTF-8 whatever bytes come, and on a terminal in lines above the bar."""
-    decode, line = codecs.getincrementaldecoder("utf-8")(errors="replace").decode, ""
+class TextWriter:
+    """Prints text as it comes; on a terminal in whole lines, above the progress bar."""
+    MAX_LINE = 150  # characters; a longer line is broken
 
-    def write(token):
-        nonlocal line
-        line += decode(bytes([token])) if is_text else f"{token} "
+    def __init__(self):
+        self.line = ""
+
+    def write(self, text):
         if not sys.stdout.isatty():
-            print(line, end="", flush=line.endswith("\n"))
-            line = ""
-        elif line.endswith("\n") or len(line) > 150:
-            tqdm.write(line.removesuffix("\n"))
-            line = ""
+            print(text, end="", flush=text.endswith("\n"))
+            return
+        self.line += text
+        if self.line.endswith("\n") or len(self.line) > self.MAX_LINE:
+            self.close()
 
-    return write
+    def close(self):
+        """Print what is still waiting for its line's end."""
+        if self.line:
+            tqdm.write(self.line.removesuffix("\n"))
+        self.line = ""
 
 
-def stream(model, cache, prompt, args, write):
-    """Write tokens without end, or `max_new_tokens` of them; Ctrl-C ends it."""
-    total, start = args.max_new_tokens, time.perf_counter()
-    bar = tqdm(total=total, unit="token", unit_scale=True, desc="streaming", mininterval=0.5)
+def print_stream(model, tokenizer, cache, prompt, args):
+    """Print tokens without end, or `max_new_tokens` of them; Ctrl-C ends it."""
+    if sum(weight.numel() for weight in model.parameters()) < ONE_THREAD_BELOW:
+        # The products of one token with such matrices take microseconds: more threads gain nothing,
+        # wait for each other by spinning, and stand still when another process has their cores.
+        torch.set_num_threads(1)
+    n_tokens = args.max_new_tokens or sys.maxsize
+    tokens = model.generate(prompt, n_tokens, args.temperature, args.top_k, cache)
+    bar = tqdm(total=args.max_new_tokens, desc="streaming", unit="token", unit_scale=True,
+               mininterval=0.5)
+    writer = TextWriter()
+    start = time.perf_counter()
     try:
-        for token in model.generate(prompt, total or sys.maxsize, args.temperature, args.top_k, cache):
-            write(token.item())
-            if bar.update():
-                bar.set_postfix_str(held(cache), refresh=False)
+        for token in tokens:
+            writer.write(tokenizer.decode(token.tolist()))
+            is_refreshed = bar.update()
+            if is_refreshed:
+                bar.set_postfix_str(cache_status(cache), refresh=False)
     except KeyboardInterrupt:
         pass
+    seconds = time.perf_counter() - start
     bar.close()
-    print(f"\n{bar.n:,} tokens in {time.perf_counter() - start:.1f} s, {bar.n / (time.perf_counter() - start):,.0f} tokens/s; "
-          f"{held(cache)}", file=sys.stderr)
+    writer.write(tokenizer.decode([], is_end=True))
+    writer.close()
+    print(f"\n{bar.n:,} tokens in {seconds:.1f} s, {bar.n / seconds:,.0f} tokens/s; "
+          f"{cache_status(cache)}", file=sys.stderr)
 
 
-def samples(model, cache, prompt, args, is_text):
-    """Print `num_samples` continuations of the prompt, each row of the batch with its own separators."""
-    total, start = args.max_new_tokens or 500, time.perf_counter()
-    steps = tqdm(model.generate(prompt, total, args.temperature, args.top_k, cache), total=total, unit="token", desc="sampling")
-    tokens = torch.cat([prompt, torch.stack(list(steps), dim=1)], dim=1).tolist()
-    speed = total * len(tokens) / (time.perf_counter() - start)
-    for row in tokens:
-        print(bytes(row).decode(errors="replace") if is_text else " ".join(map(str, row)), end="\n---\n")
-    print(f"{speed:,.0f} tokens/s; {held(cache)}", file=sys.stderr)
+def print_samples(model, tokenizer, cache, prompt, args):
+    """Print a continuation of each prompt. Each sequence of the batch has its own separators."""
+    n_tokens = args.max_new_tokens or 500
+    tokens = model.generate(prompt, n_tokens, args.temperature, args.top_k, cache)
+    start = time.perf_counter()
+    new_ids = list(tqdm(tokens, total=n_tokens, desc="sampling", unit="token"))
+    ids = torch.cat([prompt, torch.stack(new_ids, dim=1)], dim=1)  # (num_samples, T)
+    ids = ids.tolist()  # waits for the GPU
+    seconds = time.perf_counter() - start
+    for sample in ids:
+        print(tokenizer.decode(sample, is_end=True), end="\n---\n")
+    print(f"{n_tokens * len(ids) / seconds:,.0f} tokens/s; {cache_status(cache)}", file=sys.stderr)
+
+
+# ---- scoring
+
+
+class Span(NamedTuple):
+    """Some of the predictions of a text: those from number `start` up to `end`."""
+    name: str
+    start: int
+    end: int
+
+
+class Score(NamedTuple):
+    nats: dict              # name of a span -> mean loss of its tokens
+    key_share: float        # keys that a token sees / tokens up to it, mean over all tokens
+    tokens_per_s: float
+    first_memory_gib: float  # peak after the first chunk
+    memory_gib: float        # peak after the last
+
+
+def score_spans(n):
+    """The spans of a text of n predictions whose perplexity is printed."""
+    spans = [Span(f"first {end:,}", 0, end)
+             for end in (10_000, 100_000, 1_000_000, 4_000_000) if end < n]
+    if n > 100_000:
+        spans.append(Span("last 100,000", n - 100_000, n))
+    spans.append(Span(f"all {n:,}", 0, n))
+    return spans
 
 
 @torch.inference_mode()
-def score(model, cache, tokens, device, is_text):
-    """Stream a text through the cache in pieces; print, and return as a dict, its perplexity by position."""
-    n, piece = len(tokens) - 1, PIECE[device.type]
-    spans = [(f"first {k:,}", 0, k) for k in (10_000, 100_000, 1_000_000, 4_000_000) if k < n]
-    spans += [("last 100,000", n - 100_000, n)] * (n > 100_000) + [(f"all {n:,}", 0, n)]
-    sums, start, memory = np.zeros(len(spans)), time.perf_counter(), None
-    with tqdm(total=n, unit="token", unit_scale=True, desc="scoring") as bar:
-        for at in range(0, n, piece):
-            ids = torch.from_numpy(tokens[at:at + piece + 1].astype(np.int64)).to(device)
-            logits = model(ids[None, :-1], cache=cache)[0][0]
-            nats = F.cross_entropy(logits.float(), ids[1:], reduction="none").double().cpu().numpy()
-            sums += [nats[max(first - at, 0):max(last - at, 0)].sum() for _, first, last in spans]
-            memory = memory or peak_memory(device)
+def score(model, cache, tokens, device):
+    """The Score of a text, read as one stream: each token is predicted from what the cache holds.
+
+    tokens: NumPy array of token ids, at least two; cache: a fresh SepCache of one sequence.
+    """
+    n = len(tokens) - 1  # the first token is only read
+    chunk_size = SCORE_CHUNK[device.type]
+    spans = score_spans(n)
+    sums = dict.fromkeys(spans, 0.0)  # nats
+    whole = spans[-1]
+    total_share = 0.0
+    start = time.perf_counter()
+    with tqdm(total=n, desc="scoring", unit="token", unit_scale=True) as bar:
+        for first in range(0, n, chunk_size):
+            ids = torch.from_numpy(tokens[first:first + chunk_size + 1].astype(np.int64)).to(device)
+            logits, _ = model(ids[None, :-1], cache=cache)
+            nats = F.cross_entropy(logits[0].float(), ids[1:], reduction="none")
+            nats = nats.cpu().numpy().astype(np.float64)  # here: Apple GPUs have no float64
+            for span in spans:
+                in_span = nats[max(span.start - first, 0):max(span.end - first, 0)]
+                sums[span] += in_span.sum()
+            total_share += key_shares(first, len(nats), cache.n_rows).sum()
+            if first == 0:
+                first_memory_gib = peak_memory(device)
+            perplexity = math.exp(sums[whole] / (first + len(nats)))
+            status = f"perplexity {perplexity:.4f}, {cache_status(cache)}"
+            bar.set_postfix_str(status, refresh=False)
             bar.update(len(nats))
-            bar.set_postfix_str(f"perplexity {math.exp(sums[-1] / bar.n):.4f}, {held(cache)}")
-    seconds = time.perf_counter() - start
-    print(f"| tokens | perplexity |{' bits per byte |' * is_text}\n|---|---|{'---|' * is_text}")
-    means = {name: nats / (last - first) for (name, first, last), nats in zip(spans, sums)}
-    for name, nats in means.items():
-        print(f"| {name} | {math.exp(nats):.4f} |" + f" {nats / math.log(2):.4f} |" * is_text)
-    print(f"{n / seconds:,.0f} tokens/s; {held(cache)}; peak memory {memory:.3f} GiB in the first piece, "
-          f"{peak_memory(device):.3f} GiB in all", file=sys.stderr)
-    return {name: math.exp(nats) for name, nats in means.items()}
+    tokens_per_s = n / (time.perf_counter() - start)
+    means = {span.name: sums[span] / (span.end - span.start) for span in spans}
+    return Score(means, total_share / n, tokens_per_s, first_memory_gib, peak_memory(device))
+
+
+def key_shares(first, n_tokens, n_rows):
+    """Keys seen / tokens so far, for each of n_tokens from position `first` on (the paper's r.KV).
+
+    n_rows: keys that the last of them sees. It stands for all of a chunk, except that no token sees
+    more keys than there are: exact for full attention and a window, close for separators.
+    """
+    n_so_far = np.arange(first + 1, first + n_tokens + 1)
+    return np.minimum(n_rows, n_so_far) / n_so_far
+
+
+def print_score(result, cache, is_bytes):
+    """The table of a Score, and what it took to compute."""
+    head = ["tokens", "perplexity"]
+    if is_bytes:
+        head.append("bits per byte")
+    rows = [head, ["---"] * len(head)]
+    for name, nats in result.nats.items():
+        row = [name, f"{math.exp(nats):.4f}"]
+        if is_bytes:
+            row.append(f"{nats / math.log(2):.4f}")
+        rows.append(row)
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print(f"keys used: {result.key_share:.2%} of those of full attention, mean over all tokens; "
+          f"{result.tokens_per_s:,.0f} tokens/s; {cache_status(cache)}; peak memory "
+          f"{result.first_memory_gib:.3f} GiB in the first chunk, {result.memory_gib:.3f} in all",
+          file=sys.stderr)
+
+
+# ---- the command line
+
+
+def make_parser():
+    parser = Parser(__doc__)
+    parser.add_argument("--ckpt", default="out/ckpt.pt", metavar="FILE",
+                        help="the checkpoint (default: out/ckpt.pt)")
+    parser.add_argument("--device", default=DEFAULT_DEVICE,
+                        help=f"{DEVICE_HELP}\n(default: {DEFAULT_DEVICE})")
+    parser.add_argument("--prompt", default="\n", metavar="TEXT",
+                        help="text to begin with; token ids if the model was trained on token ids\n"
+                             "(default: a line break)")
+    parser.add_argument("--prompt_file", type=Path, metavar="FILE",
+                        help="a file with the text to begin with")
+    parser.add_argument("--num_samples", type=int, default=1, metavar="N",
+                        help="samples to make side by side (default: 1)")
+    parser.add_argument("--max_new_tokens", type=int, metavar="N",
+                        help="length of a sample (default: 500; with --stream: no end)")
+    parser.add_argument("--temperature", type=float, default=0.8,
+                        help="0: the likeliest token; 1: as trained (default: 0.8)")
+    parser.add_argument("--top_k", type=int, metavar="K",
+                        help="sample among the K likeliest tokens (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    parser.add_argument("--stream", action="store_true",
+                        help="write without end, in constant memory")
+    parser.add_argument("--score", type=Path, metavar="FILE",
+                        help="read this text as a stream and print its perplexity; token ids\n"
+                             "(uint16) if the model was trained on token ids")
+    parser.add_config(SepConfig, default="the checkpoint's")
+    return parser
+
+
+def check_args(parser, args):
+    minimum_of = dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=1)
+    for name, minimum in minimum_of.items():
+        value = getattr(args, name)
+        if value is not None and not minimum <= value < math.inf:
+            parser.error(f"--{name} is {value}, and must be at least {minimum}")
+    if args.stream and (args.num_samples > 1 or args.score):
+        parser.error("--stream writes one text, so give it without --num_samples and --score")
+
+
+def load(parser, args, device):
+    """(model, tokenizer) that the options ask for; the separators are those of model.config."""
+    checkpoint = load_checkpoint(args.ckpt)
+    model = checkpoint.model
+    with parser.usage_errors():
+        model.configure(**fields_of(SepConfig, vars(args)))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    is_bytes = checkpoint.info["data_meta"]["dtype"] == "uint8"
+    tokenizer = ByteTokenizer() if is_bytes else IdTokenizer()
+    return model.to(device, dtype).eval(), tokenizer
+
+
+def check_vocabulary(ids, model, source):
+    """ValueError if token ids (NumPy) are not all of the model's vocabulary."""
+    vocab_size = model.config.vocab_size
+    for token in (ids.min(), ids.max()):
+        require(0 <= token < vocab_size,
+                f"{source} holds token {token}, beyond the vocabulary of {vocab_size}")
+
+
+def run(parser, args, device):
+    """Do what the options ask for."""
+    model, tokenizer = load(parser, args, device)
+    weight = next(model.parameters())
+    cache = SepCache(model.config, args.num_samples, device, weight.dtype)
+    torch.manual_seed(args.seed)
+
+    if args.score:
+        tokens = tokenizer.encode_file(args.score)
+        check_vocabulary(tokens, model, args.score)
+        result = score(model, cache, tokens, device)
+        print_score(result, cache, isinstance(tokenizer, ByteTokenizer))
+        return
+
+    text = args.prompt
+    if args.prompt_file:
+        text = args.prompt_file.read_bytes().decode(errors="surrogateescape")
+    ids = tokenizer.encode(text)
+    require(ids, "the prompt is empty; leave --prompt out to begin with a line break")
+    check_vocabulary(np.array(ids), model, "the prompt")
+    prompt = torch.tensor([ids] * args.num_samples, device=device)
+    if args.stream:
+        print_stream(model, tokenizer, cache, prompt, args)
+    else:
+        print_samples(model, tokenizer, cache, prompt, args)
 
 
 def main():
-    parser = Parser(__doc__)
-    parser.add_argument("--ckpt", default="out/ckpt.pt", help="the checkpoint (default: out/ckpt.pt)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--prompt", default="\n", help="text to begin with; token ids if the model is not one of bytes\n"
-                        "(default: a line break)")
-    parser.add_argument("--prompt_file", type=Path, help="a file with the text to begin with")
-    parser.add_argument("--num_samples", type=int, default=1, help="samples to make side by side (default: 1)")
-    parser.add_argument("--max_new_tokens", type=int, help="length of a sample (default: 500; with --stream: no end)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token; 1: as trained (default: 0.8)")
-    parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    parser.add_argument("--stream", action="store_true", help="write without end, in constant memory")
-    parser.add_argument("--score", type=Path, metavar="FILE", help="stream this text through the model and print its perplexity")
-    parser.add_config(GPTConfig, ATTENTION, "the checkpoint's")
+    parser = make_parser()
     args = parser.parse_args()
-    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 1)):
-        value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
-            parser.error(f"--{name} is {value}, and must be at least {least}")
-    if args.stream and (args.num_samples > 1 or args.score):
-        parser.error("--stream writes one text, so give it without --num_samples and --score")
+    check_args(parser, args)
     device = find_device(parser, args.device)
     sys.stdout.reconfigure(encoding="utf-8")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends it as Ctrl-C does
     try:
-        model, _, about = load_checkpoint(args.ckpt)
-        try:
-            model.configure(**{k: v for k, v in vars(args).items() if k in ATTENTION})
-        except ValueError as error:
-            parser.error(str(error))
-        dtype, is_text = np.dtype(about["data"]["dtype"]), about["data"]["dtype"] == "uint8"
-        model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
-        cache = SepCache(model.config, args.num_samples, device, model.embed.weight.dtype)
-        torch.manual_seed(args.seed)
-        if args.score:
-            require(args.score.is_file(), f"there is no file {args.score} to score")
-            require(args.score.stat().st_size // dtype.itemsize > 1, f"{args.score} is too short to score: it has "
-                    f"{args.score.stat().st_size} bytes, and the first token is only read")
-            tokens = np.memmap(args.score, dtype, mode="r", shape=args.score.stat().st_size // dtype.itemsize)
-            require(tokens.max() < model.config.vocab_size, f"{args.score} holds token {tokens.max()}, beyond the vocabulary")
-            score(model, cache, tokens, device, is_text)
-            return
-        prompt = args.prompt_file.read_bytes() if args.prompt_file else args.prompt.encode()
-        prompt = list(prompt) if is_text else [int(word) for word in prompt.split()]
-        require(prompt, "the prompt is empty; leave --prompt out to begin with a line break")
-        require(max(prompt) < model.config.vocab_size and min(prompt) >= 0, "the prompt has tokens beyond the vocabulary")
-        prompt = torch.tensor([prompt] * args.num_samples, device=device)
-        if args.stream:
-            stream(model, cache, prompt, args, writer(is_text))
-        else:
-            samples(model, cache, prompt, args, is_text)
-    except BrokenPipeError:  # whoever read the output has enough
+        run(parser, args, device)
+    except BrokenPipeError:  # whoever read the output has enough; Python flushes it once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit("sample.py: stopped")
     except torch.OutOfMemoryError:
-        sys.exit("sample.py: the GPU's memory is full; lower --num_samples or --window, or set --max_seps")
+        sys.exit("sample.py: the GPU's memory is full; lower --num_samples or --window, "
+                 "or set --max_seps")
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
 

@@ -1,28 +1,29 @@
-"""Who sees whom: the mask's definition, the far list that replaces it, and the bounded key/value cache.
+"""Who sees whom: the mask, the far list that replaces it, and the bounded key/value cache.
 
-Attention costs T x T because every query looks at every key. SepLLM (arXiv 2412.12094) lets a query look at three
-kinds of keys: its window (the last `window` tokens), the sinks (the first `sinks` tokens of the text) and the
-separators (`. , ? ! ; :` and line breaks). `sees` below is the whole mask; tests hold everything else against it.
+Attention costs T x T because every query looks at every key. SepLLM (arXiv 2412.12094) lets a query
+look at three kinds of keys: its window (the last `window` tokens), the sinks (the first `sinks`
+tokens of the text) and the separators (`. , ? ! ; :` and line breaks). `sees` below is the whole
+mask; the tests hold everything else against it.
 
-The one idea of this file: the sinks and separators, the *kept* tokens, are few and known before the first layer, so
-we write their positions into a list, the *far list*. What a query sees of it are two ranges of entries; with its
-window, three ranges in all. No T x T mask is ever made. The example, used again further down, is the text `a,b.cd`
-with window 2, sinks 1 and block_size 4:
+The one idea of this file: the sinks and separators, the *kept* tokens, are few and known before the
+first layer, so we write their positions into a list, the *far list*. What a query sees of it are
+two ranges of entries; with its window, three ranges in all. No T x T mask is ever made. The
+example, used again further down, is the text `a,b.cd` with window 2, sinks 1 and block_size 4:
 
-    position      0  1  2  3  4  5        far list  = [0, 1, 3]    the sink `a` and the separators `,` and `.`
-    token         a  ,  b  .  c  d
-    query 0       w                       w  in the window
-    query 1       w  w                    s  a sink that has left the window
-    query 2       s  w  w                 f  a separator that has left the window
-    query 3       s  f  w  w              .  hidden: an ordinary token (position 2),
-    query 4       s  f  .  w  w              or a separator at a distance of block_size or more (position 1)
-    query 5       s  .  .  f  w  w
+    position    0  1  2  3  4  5      far list: 0, 1, 3 (the sink `a`, the separators `,` and `.`)
+    token       a  ,  b  .  c  d
+    query 0     w                     w  in the window
+    query 1     w  w                  s  a sink that has left the window
+    query 2     s  w  w               f  a separator that has left the window
+    query 3     s  f  w  w            .  hidden: an ordinary token (position 2), or a separator
+    query 4     s  f  .  w  w            at a distance of block_size or more (position 1)
+    query 5     s  .  .  f  w  w
 
-Read this file first, then `sep_kernel.py` (attention over these ranges) and `model.py`; the cache at the end is best
-read after the model. `python sep_cache.py "Some text. And more!"` draws the map of a text and what the cache holds.
+Read this file first, then `sep_kernel.py` (attention over these ranges) and `model.py`; the cache
+at the end is best read after the model. `python sep_cache.py "Some text. And more!"` draws the map
+of a text and what the cache holds.
 """
 import argparse
-import functools
 import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -33,7 +34,7 @@ from torch import Tensor
 
 
 def sees(i, j, kept, config):
-    """The definition: whether query i sees key j <= i. kept (list of bool): whether each token is kept."""
+    """The definition: whether query i sees key j <= i. kept[j] (bool): whether token j is kept."""
     if config.attn == "full":
         return True
     if i - j < config.window:
@@ -44,7 +45,8 @@ def sees(i, j, kept, config):
         return False
     newer = sum(kept[m] for m in range(max(j + 1, config.sinks), i - config.window + 1))
     below_cap = config.max_seps is None or newer < config.max_seps
-    return below_cap and i - j < config.block_size  # the horizon: training has shown no larger distance
+    within_horizon = i - j < config.block_size  # training has shown no larger distance
+    return below_cap and within_horizon
 
 
 def option(default, help):
@@ -61,23 +63,24 @@ def require(ok, sentence):
 @dataclass
 class SepConfig:
     """The settings of the attention. ValueError names the field that is out of range."""
-    attn: str = option("sep", "full: every token; streamingllm: sinks + window; fixed: these and every fixed_every-th "
-                              "token; sep: these and the separators")
+    attn: str = option("sep", "full: every token; streamingllm: sinks + window; fixed: these and "
+                              "every fixed_every-th token; sep: these and the separators")
     window: int = option(64, "a query sees the last `window` tokens, itself included")
     sinks: int = option(4, "how many of the first tokens of the text stay visible")
     separators: tuple = tuple(b".,?!;:\n")  # token ids; they belong to the data
-    max_seps: int | None = option(None, "how many separators beyond the window are visible, the latest; None: all "
-                                        "within block_size")
+    max_seps: int | None = option(None, "how many separators beyond the window are visible, the "
+                                        "latest; None: all within block_size")
     fixed_every: int = option(16, "with attn=fixed, the positions divisible by this stay visible")
-    block_size: int = option(256, "training length in tokens, and the horizon: no key but a sink is used at this "
-                                  "distance or more")
+    block_size: int = option(256, "training length in tokens, and the horizon: no key but a sink "
+                                  "is used at this distance or more")
 
     def __post_init__(self):
         self.separators = tuple(self.separators)
         require(self.attn in ("full", "streamingllm", "fixed", "sep"),
                 f"attn is {self.attn!r}, and must be one of full, streamingllm, fixed, sep")
         for name in ("window", "fixed_every", "block_size"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, and must be at least 1")
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is {value}, and must be at least 1")
         require(self.sinks >= 0, f"sinks is {self.sinks}, and must be at least 0")
         require(self.max_seps is None or self.max_seps >= 0,
                 f"max_seps is {self.max_seps}, and must be None or at least 0")
@@ -98,33 +101,43 @@ class SepLayout(NamedTuple):
     """Who sees whom, for the queries of one forward; made once and shared by all layers.
 
     far (B, S) int32: key rows of the kept tokens, oldest first (so sinks first), padded with 0
-    start, stop (B, T) int32: query t sees the far entries [start, stop), the sinks [0, min(sinks, stop)), its window
+    start, stop (B, T) int32: query t sees the far entries [start, stop), the sinks
+        [0, min(sinks, stop)), and its window
 
-    `stop` counts the entries that have left the window of query t. `start >= sinks` is the first one, not a sink, that
-    the cap and the horizon leave visible; it may pass `stop`, then the range is empty. Neither ever decreases from one
-    query to the next. So an entry e is seen by a range of queries, too, which is what the backward pass needs: from the
-    first query with stop > e up to the first with start > e.
+    `stop` counts the entries that have left the window of query t. `start >= sinks` is the first
+    one, not a sink, that the cap and the horizon leave visible; it may pass `stop`, then the range
+    is empty. Neither ever decreases from one query to the next. So an entry e is seen by a range of
+    queries, too, which is what the backward pass needs: from the first query with stop > e up to
+    the first with start > e (a sink: to the end). In the example:
 
-    In the example, far = [0, 1, 3]   query   0  1  2  3  4  5      Entry 1, the comma, is seen by queries 3 and 4;
-                                      stop    0  0  1  2  2  3      entry 0, the sink, from query 2 on.
+        far    0  1  3                query   0  1  2  3  4  5
+                                      stop    0  0  1  2  2  3
                                       start   1  1  1  1  1  2
+
+    Entry 1, the comma, is seen by queries 3 and 4 beyond their windows; entry 0, the sink, from
+    query 2 on.
     """
     far: Tensor
     start: Tensor
     stop: Tensor
 
 
-@functools.lru_cache(maxsize=16)
+_separator_tables = {}
+
+
 @torch.compiler.assume_constant_result
 def separator_table(separators, device):
-    """A bool tensor that answers "is this id a separator?" by one lookup; ids beyond its end share the last entry."""
-    table = torch.zeros(max(separators, default=-1) + 2, dtype=torch.bool)
-    table[list(separators)] = True
-    return table.to(device)
+    """A bool tensor: whether each id is a separator. Ids past its end share its last entry."""
+    key = separators, device
+    if key not in _separator_tables:
+        table = torch.zeros(max(separators, default=-1) + 2, dtype=torch.bool)
+        table[list(separators)] = True
+        _separator_tables[key] = table.to(device)  # once: a copy to a GPU waits for it
+    return _separator_tables[key]
 
 
 def is_kept(ids, positions, config):
-    """Which tokens stay visible after they leave the window: ids (B, T), positions (T,) -> bool (B, T)."""
+    """Which tokens stay visible beyond the window: ids (B, T), positions (T,) -> bool (B, T)."""
     kept = (positions < config.sinks).expand(ids.shape)
     if config.attn == "fixed":
         kept = kept | (positions % config.fixed_every == 0)
@@ -135,14 +148,15 @@ def is_kept(ids, positions, config):
 
 
 def list_kept(kept, positions, n_queries, config):
-    """The layout of the last `n_queries` of M rows, whose positions (B, M) ascend; kept (B, M) bool.
+    """The layout of the last `n_queries` of M rows: kept (B, M) bool, positions (B, M) ascending.
 
     Static shapes, no device synchronisation.
     """
     B, M = kept.shape
     rank = kept.cumsum(1)  # (B, M) kept rows up to and including each row
     rows = torch.arange(M, dtype=torch.int32, device=kept.device).expand(B, M)
-    column = torch.where(kept, rank - 1, M)  # kept rows go to their rank, all others to a spare column that is cut off
+    # a kept row goes to the column of its rank, all others to a spare column that is cut off
+    column = torch.where(kept, rank - 1, M)
     far = rows.new_zeros(B, M + 1).scatter_(1, column, rows)[:, :M]
 
     rank = F.pad(rank, (1, 0))  # (B, M + 1) kept rows before each row
@@ -173,7 +187,10 @@ def far_layout(ids, config):
 
 
 class SlotLayout(NamedTuple):
-    """Who sees whom in a decoding step: mask (B, 1, 1, n_slots), 0 where the token sees a slot of a SepCache, else -inf."""
+    """Who sees whom in a decoding step, over the slots of a SepCache.
+
+    mask (B, 1, 1, n_slots): 0 where the new token sees a slot, else -inf
+    """
     mask: Tensor
 
 
@@ -187,26 +204,30 @@ class SepCache:
         | sinks | separators, a ring | spare | the last `window` tokens, a ring |
         0     sinks                n_far   n_far + 1                         n_slots
 
-    A token at position p enters the window's slot `p % window`; the token that it replaces has just left the window, and
-    moves to the far slots if it is kept, else to the spare slot that nobody sees. The positions of the slots say who is
-    visible. Softmax does not depend on the order of keys, so a decoding step (one token) attends over the slots where
-    they are. A chunk of several tokens attends over rows in order, [slots sorted by position | new tokens], with a far
-    list as in training; then the slots are filled anew.
+    A token at position p enters the window's slot `p % window`. The token that it replaces has just
+    left the window, and moves to the far slots if it is kept, else to the spare slot, which nobody
+    sees. The positions of the slots' tokens say who is visible. Softmax does not depend on the
+    order of keys, so a decoding step (one token) attends over the slots where they are. A chunk of
+    several tokens attends over rows in order, [slots sorted by position | new tokens], with a far
+    list as in training; then all slots are filled anew.
 
-    **The promise**: however a text is split into chunks, the logits are those of one forward over the whole text. It
-    holds because each key is seen by ranges of queries that begin at the key (its window, then the far range, a sink's
-    without end): once a key is out of sight, no later query asks for it. A mask in which an old key could become visible
-    again (a summary token that looks back, a cap that counts hidden separators) would break it.
+    **The promise**: however a text is split into chunks, the logits are those of one forward over
+    the whole text. It holds because a key is seen by one unbroken range of queries, from its own
+    on: while it is in the window, then while the cap and the horizon leave it visible. Once it is
+    out of sight, no later query asks for it, so it can be dropped. A mask that shows an old key
+    again (windows that jump back, every tenth query sees all) would break the promise.
 
-    Costs for a text of T tokens, with w = window and s = sinks + visible separators, at most sinks + far_capacity:
+    Costs for a text of T tokens, with w = window and s = sinks + separators visible at once, which
+    are at most `far_capacity`:
 
-        |                   | full     | sep, streamingllm, fixed    |
-        | training, prefill | T^2 / 2  | T (w + s)                   | query-key pairs
-        | decoding          | T        | w + s                       | query-key pairs per token
-        | cache             | T        | w + sinks + far_capacity    | keys per layer, from the first token on
+        |                   | full     | sep, streamingllm, fixed |
+        | training, prefill | T^2 / 2  | T (w + s)                | query-key pairs
+        | decoding          | T        | w + s                    | query-key pairs per token
+        | cache             | T        | w + sinks + far_capacity | keys a layer, from the start
 
-    config: needs n_layer, n_kv_head, head_dim and the fields of SepConfig. batch_size: each sequence has its own
-    separators. dtype: of keys and values, default float32. With attn="full" it is an ordinary cache that grows.
+    config: needs n_layer, n_kv_head, head_dim and the fields of SepConfig. batch_size: each
+    sequence has its own separators. dtype: of keys and values, default float32. With attn="full"
+    it is an ordinary cache that grows.
     """
 
     def __init__(self, config, batch_size=1, device=None, dtype=None):
@@ -218,19 +239,25 @@ class SepCache:
         n_slots = 0 if self.is_full else self.n_far + 1 + config.window
         shape = (config.n_layer, 2, batch_size, config.n_kv_head, n_slots, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)  # 2: keys, values
-        self.sink_keys = self.kv[:, 0, :, :, :config.sinks].clone()  # where they stand; see `show_sinks`
+        self.sink_keys = self.kv[:, 0, :, :, :config.sinks].clone()  # see `show_sinks`
         self.sink_position = torch.arange(config.sinks, device=device)[:, None]
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # n_tokens, where a captured step can read it
         self.slot_position = torch.full((batch_size, n_slots), EMPTY, device=device)
         self.slot_kept = torch.zeros(batch_size, n_slots, dtype=torch.bool, device=device)
-        self.n_seps = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # that have entered their ring
-        reach = [ANY_DISTANCE] * config.sinks + [config.block_size] * config.far_capacity + [0] + [config.window] * config.window
-        self.slot_reach = torch.tensor(reach[:n_slots], device=device)  # seen at distances below this
+        reach = [ANY_DISTANCE] * config.sinks
+        reach += [config.block_size] * config.far_capacity
+        reach += [0]  # the spare slot
+        reach += [config.window] * config.window
+        self.slot_reach = torch.tensor(reach[:n_slots], device=device)  # seen at shorter distances
+        # tokens that have gone to the separators' ring; the sinks that leave the window first bring
+        # it up to 0
+        self.n_seps = torch.full((batch_size, 1), -config.sinks, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # n_tokens, on the device
 
     @property
     def nbytes(self):
         """Bytes held. Constant, but for attn="full"."""
-        state = (self.kv, self.sink_keys, self.position, self.slot_position, self.slot_kept, self.n_seps, self.slot_reach)
+        state = (self.kv, self.sink_keys, self.sink_position, self.slot_position, self.slot_kept,
+                 self.slot_reach, self.n_seps, self.position)
         return sum(tensor.nbytes for tensor in state)
 
     def nbytes_of(self, n_tokens):
@@ -243,19 +270,22 @@ class SepCache:
         """How many keys the latest token sees, the mean over the batch."""
         if self.is_full:
             return float(self.n_tokens)
-        return self._visible(self.position - 1).sum(1).float().mean().item()
+        return self.visible_slots(self.position - 1).sum(1).float().mean().item()
 
-    def _visible(self, position):
-        return position - self.slot_position < self.slot_reach  # (B, n_slots)
+    def visible_slots(self, position):
+        """Which slots a token at this position (1,) sees: (B, n_slots) bool."""
+        return position - self.slot_position < self.slot_reach
 
     def advance(self, ids):
-        """Take in new tokens ids (B, T), before the first layer; `update` must follow once for each layer.
+        """Take in new tokens ids (B, T), before the first layer; `update` must follow in each.
 
-        Returns their positions (T,) and the layout of their queries over what `update` returns: a SlotLayout for one
-        token, else a SepLayout, or None with attn="full". ValueError if B is not the cache's batch size.
+        Returns their positions (T,) and the layout of their queries over what `update` returns: a
+        SlotLayout for one token, else a SepLayout, or None with attn="full". ValueError if B is not
+        the cache's batch size.
         """
         B, T = ids.shape
-        require(B == self.batch_size, f"this cache holds {self.batch_size} sequences, and got ids of {B}")
+        require(B == self.batch_size,
+                f"this cache holds {self.batch_size} sequences, and got ids of {B}")
         positions = self.position + torch.arange(T, device=ids.device)
         if self.is_full:
             layout = None
@@ -269,7 +299,7 @@ class SepCache:
         return positions, layout
 
     def update(self, k, v, layer_idx):
-        """Store new keys and values (B, H, T, D) of one layer; returns the keys and values to attend to, (B, H, M, D)."""
+        """Store a layer's new keys and values (B, H, T, D); return those to use (B, H, M, D)."""
         store = self.kv[layer_idx]  # (2, B, H, n_slots, D)
         T = k.shape[2]
         if self.is_full:
@@ -287,9 +317,9 @@ class SepCache:
         return rows.unbind(0)
 
     def show_sinks(self, keys):
-        """Use these keys (n_layer, B, H, sinks, D) for the sinks in this decoding step, instead of `sink_keys`.
+        """In this step, use these keys (n_layer, B, H, sinks, D) of the sinks, not `sink_keys`.
 
-        Turning the few sinks' keys forward, once for all layers, scores them as `q_sink` would in each layer.
+        A decoding step has no q_sink: turning the few sinks' keys, once for all layers, is cheaper.
         """
         self.kv[:, 0, :, :, :self.config.sinks] = keys
 
@@ -311,7 +341,8 @@ class SepCache:
         leaving = position - config.window  # (1,) its position
         leaving_kept = self.slot_kept.index_select(1, self.new_slot)  # (B, 1)
 
-        # where it goes: a sink to its own slot, a separator to the next of the ring, anything else to the spare slot
+        # where it goes: a sink to its own slot, a separator to the next slot of the ring, anything
+        # else to the spare slot
         ring_slot = config.sinks + self.n_seps % max(config.far_capacity, 1)
         far_slot = torch.where(leaving < config.sinks, leaving, ring_slot)  # (B, 1)
         far_slot = torch.where(leaving_kept, far_slot, self.n_far)
@@ -321,16 +352,16 @@ class SepCache:
         self.sink_keys.copy_(torch.where(is_leaving, leaving_kv[:, 0], self.sink_keys))
         self.slot_position.scatter_(1, far_slot, leaving.expand(B, 1))
         self.slot_kept.scatter_(1, far_slot, leaving_kept)
-        self.n_seps += leaving_kept & (leaving >= config.sinks)
+        self.n_seps += leaving_kept
 
         # the new token in its place
         self.slot_position.index_copy_(1, self.new_slot, position.expand(B, 1))
         self.slot_kept.index_copy_(1, self.new_slot, is_kept(ids, position, config))
-        mask = torch.where(self._visible(position), 0.0, -torch.inf).to(self.kv.dtype)
+        mask = torch.where(self.visible_slots(position), 0.0, -torch.inf).to(self.kv.dtype)
         return SlotLayout(mask[:, None, None])
 
     def _advance_chunk(self, ids, positions):
-        """Several new tokens: rows in order of position, a far list over them, then new contents for all slots."""
+        """Several new tokens: a far list over rows in order of position, then all slots anew."""
         config = self.config
         B, T = ids.shape
 
@@ -338,34 +369,39 @@ class SepCache:
 
         # 1. the rows to attend to: slots sorted by position, empty ones first, then the new tokens
         old_positions, slots = self.slot_position.sort(dim=1)  # (B, n_slots)
-        if self.n_tokens < config.window:  # all slots beyond the window are empty, and as rows they would look near
+        if self.n_tokens < config.window:
+            # the far slots are still empty; as rows before the first token they would look near
             first = slots.shape[1] - self.n_tokens
             old_positions = old_positions[:, first:]
             slots = slots[:, first:]
         self.row_to_slot = slots
         row_positions = torch.cat([old_positions, positions.expand(B, T)], dim=1)  # (B, M)
-        row_kept = torch.cat([self.slot_kept.gather(1, slots), is_kept(ids, positions, config)], dim=1)
+        old_kept = self.slot_kept.gather(1, slots)
+        row_kept = torch.cat([old_kept, is_kept(ids, positions, config)], dim=1)
         layout = list_kept(row_kept, row_positions, T, config)
 
         # 2. what survives in the far slots: the far entries that the last query sees
         start = layout.start[:, -1:].long()  # (B, 1)
         stop = layout.stop[:, -1:].long()
         sink_entries = torch.arange(config.sinks, device=ids.device).expand(B, -1)
-        ring_entries = start + torch.arange(config.far_capacity, device=ids.device)  # (B, far_capacity)
+        ring_entries = start + torch.arange(config.far_capacity, device=ids.device)
         entries = torch.cat([sink_entries, ring_entries], dim=1)  # (B, n_far)
         far_rows = layout.far.long().gather(1, entries.clamp(max=layout.far.shape[1] - 1))
         far_rows = torch.where(entries < stop, far_rows, -1)  # -1: nothing
-        self.n_seps.copy_((stop - start).clamp(min=0))
+        self.n_seps.copy_(stop - start)
 
         # 3. what survives in the window's slots: the last tokens, at `position % window`
         last = positions[-1]
-        age = (last - torch.arange(config.window, device=ids.device)) % config.window  # (window,) of each slot's token
+        slot = torch.arange(config.window, device=ids.device)
+        age = (last - slot) % config.window  # (window,) how far back each slot's token is
         M = row_positions.shape[1]
         window_rows = torch.where(age <= last, M - 1 - age, -1).expand(B, -1)
 
-        rows = torch.cat([far_rows, far_rows.new_full((B, 1), -1), window_rows], dim=1)  # (B, n_slots)
+        spare_row = far_rows.new_full((B, 1), -1)
+        rows = torch.cat([far_rows, spare_row, window_rows], dim=1)  # (B, n_slots)
         self.slot_to_row = rows.clamp(min=0)
-        self.slot_position.copy_(torch.where(rows >= 0, row_positions.gather(1, self.slot_to_row), EMPTY))
+        slot_position = row_positions.gather(1, self.slot_to_row)
+        self.slot_position.copy_(torch.where(rows >= 0, slot_position, EMPTY))
         self.slot_kept.copy_(row_kept.gather(1, self.slot_to_row) & (rows >= 0))
         return layout
 
@@ -379,26 +415,35 @@ def _gather_rows(x, index):
 # ---- the map of a text: python sep_cache.py "Some text. And more!"
 
 
+@dataclass
+class MapConfig(SepConfig):
+    """A model of one channel: all that a map needs."""
+    n_layer: int = 1
+    n_kv_head: int = 1
+    head_dim: int = 1
+
+
 def draw(text, config):
-    """The attention map of a text (str), and the cache's contents after each token, as printable lines."""
+    """The attention map of a text, and what the cache holds after each token, as lines to print."""
     ids = torch.tensor([list(text.encode())])  # (1, T)
     T = ids.shape[1]
     names = [printable(chr(byte)) for byte in ids[0].tolist()]
     kept = is_kept(ids, torch.arange(T), config)[0].tolist()
 
     # the real cache, with each token's position as its key: what it holds can be read back
-    config.n_layer, config.n_kv_head, config.head_dim = 1, 1, 1
     cache = SepCache(config, dtype=torch.float64)
     lines = ["one row a query:  █ window   ▓ separator   ▒ sink   · hidden",
-             f"attn {config.attn}, window {config.window}, sinks {config.sinks}, max_seps {config.max_seps}, "
-             f"block_size {config.block_size}", "",
-             " " * 6 + "".join(names) + "   the cache after this token: sinks and separators | window"]
+             f"attn {config.attn}, window {config.window}, sinks {config.sinks}, "
+             f"max_seps {config.max_seps}, block_size {config.block_size}",
+             "",
+             f"      {''.join(names)}   the cache after this token: sinks and separators | window"]
     for i in range(T):
         marks = "".join(mark(i, j, kept, config) for j in range(i + 1))
         cache.advance(ids[:, i:i + 1])
         key = torch.full((1, 1, 1, 1), float(i), dtype=torch.float64)
         cache.update(key, key, layer_idx=0)
-        held = sorted(cache.kv[0, 0, 0, 0, cache._visible(cache.position - 1)[0], 0].long().tolist())
+        keys = cache.kv[0, 0, 0, 0, :, 0].long()  # (n_slots,)
+        held = sorted(keys[cache.visible_slots(torch.tensor([i]))[0]].tolist())
         far = "".join(names[j] for j in held if i - j >= config.window)
         near = "".join(names[j] for j in held if i - j < config.window)
         lines.append(f"{i:4} {names[i]}{marks:{T}}   {far} | {near}")
@@ -421,25 +466,26 @@ def printable(char):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the attention map of a text, and the cache after each token.")
+    parser = argparse.ArgumentParser(
+        description="Draw the attention map of a text, and what the cache holds after each token.")
     parser.add_argument("text", help="the text, 1 to 200 bytes")
-    for name, default in dict(attn="sep", window=8, sinks=2, max_seps=None, fixed_every=16, block_size=256).items():
-        kind = str if name == "attn" else int
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{help_of(name)} (default: {default})")
+    defaults = {"attn": "sep", "window": 8, "sinks": 2, "max_seps": None, "fixed_every": 16,
+                "block_size": 256}
+    for name, default in defaults.items():
+        help_text = SepConfig.__dataclass_fields__[name].metadata["help"]
+        parser.add_argument(f"--{name}", type=str if name == "attn" else int, default=default,
+                            help=f"{help_text} (default: {default})")
     args = vars(parser.parse_args())
     text = args.pop("text")
-    if not 1 <= len(text.encode()) <= 200:
-        parser.error(f"the text has {len(text.encode())} bytes; a map can show 1 to 200")
+    n_bytes = len(text.encode())
+    if not 1 <= n_bytes <= 200:
+        parser.error(f"the text has {n_bytes} bytes; a map can show 1 to 200")
     try:
-        config = SepConfig(**args)
+        config = MapConfig(**args)
     except ValueError as error:
         parser.error(str(error))
     sys.stdout.reconfigure(encoding="utf-8")
     print("\n".join(draw(text, config)))
-
-
-def help_of(name):
-    return SepConfig.__dataclass_fields__[name].metadata["help"]
 
 
 if __name__ == "__main__":

@@ -1,27 +1,100 @@
-"""Attention over "far list + window" (temporary: the Triton part joins again in a later commit)."""
+"""Attention over a far list and a window: the interface, plain PyTorch, and Triton.
+
+The one idea: nothing searches for separators. What a query sees is three ranges, two of the far
+list and one of the text (`SepLayout` in `sep_cache.py`), so sparse attention is flash attention
+whose loops run over ranges. The backward needs no more: a far key is seen by a range of queries.
+
+Read `sep_attention` and the PyTorch form after the far list in `sep_cache.py`; the Triton form when
+you know flash attention (arXiv 2205.14135), best beside Triton's fused-attention tutorial.
+`python sep_kernel.py` runs the kernel's tests.
+"""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor, library
 from torch.nn.attention.bias import causal_lower_right
 
 from sep_cache import SepLayout
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # on a Mac, say: plain PyTorch serves
+    triton = None
+
 
 def sep_attention(q, k, v, layout, window, sinks=0, q_sink=None, impl="auto"):
-    return _attention_torch(q, k, v, layout, window, sinks, q_sink)
+    """Softmax attention of each query over its sinks, its far tokens and its window.
+
+    SepLLM (arXiv 2412.12094, section 3), computed as flash attention (arXiv 2205.14135).
+
+    Args:
+        q: (B, H, Tq, D) queries. Query t stands at key row `Tk - Tq + t`.
+        k, v: (B, H, Tk, D) keys and values, Tk >= Tq.
+        layout: `SepLayout(far, start, stop)`, int32, from `far_layout` or a `SepCache`:
+            far (B, S): key rows of the kept tokens in order, sinks first, padded with 0;
+            start (B, Tq): the first entry of far, not a sink, that query t still sees: never
+            decreasing, at least `sinks`; it may exceed stop, then query t sees no far token;
+            stop (B, Tq): how many entries of far have left the window of query t, never decreasing.
+        window: a query sees the last `window` key rows, its own included.
+        sinks: how many entries at the beginning of far are sinks, which stay visible.
+        q_sink: (B, H, Tq, D), default q: the queries as they are scored against sinks that have
+            left the window.
+        impl: "triton" (bf16, fp16 or fp32; D 16, 32, 64 or 128; Tk * D below 2^31), "torch" (any
+            floating dtype), or "auto": triton on a GPU, torch elsewhere.
+
+    Query t sees three ranges: sinks, entries [0, min(sinks, stop)) of far; far tokens, entries
+    [start, stop) of far; its window, key rows r with `0 <= Tk - Tq + t - r < window`.
+
+    Returns (B, H, Tq, D), differentiable in q, k, v and q_sink.
+    Raises ValueError for an unknown impl, and where impl="triton" cannot do what is asked.
+    """
+    can_do = (
+        triton is not None
+        and q.shape[3] in (16, 32, 64, 128)
+        and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    )
+    needs = ("triton, a CUDA device, D 16, 32, 64 or 128 and bf16, fp16 or fp32; "
+             f"given: D {q.shape[3]}, {q.dtype}, {q.device}")
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl is {impl!r}, and must be auto, triton or torch")
+    if impl == "auto":
+        if q.is_cuda and not can_do:
+            warnings.warn(f"sep_attention runs in plain PyTorch; the kernel needs {needs}",
+                          stacklevel=2)
+        impl = "triton" if q.is_cuda and can_do else "torch"
+    if impl == "torch":
+        return _attention_torch(q, k, v, layout, window, sinks, q_sink)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not can_do or not (q.is_cuda or interpreted):
+        raise ValueError(f"impl='triton' needs {needs}")
+    far, start, stop = layout
+    window = min(window, k.shape[2])  # a longer one means the same, and might not fit into int32
+    out, _ = _attention(q, k, v, far, start, stop, window, sinks, q_sink)
+    return out
 
 
 def attend(q, k, v, layout, config, q_sink=None):
     """The attention of one layer, whatever the configuration and the cache ask for.
 
-    q, q_sink (B, H, Tq, D); k, v (B, H_kv, Tk, D), H a multiple of H_kv (grouped-query attention: H / H_kv heads share
-    keys and values); layout: None, a SepLayout or a SlotLayout. Returns (B, H, Tq, D).
+    q, q_sink (B, H, Tq, D); k, v (B, H_kv, Tk, D): in grouped-query attention, H / H_kv heads share
+    keys and values. layout: None, a SepLayout or a SlotLayout. Returns (B, H, Tq, D).
     """
     B, H, Tq, D = q.shape
     group = H // k.shape[1]
     if layout is None:  # attn="full"
         Tk = k.shape[2]
-        causal = causal_lower_right(Tq, Tk) if 1 < Tq < Tk else None
-        return F.scaled_dot_product_attention(q, k, v, causal, is_causal=Tq == Tk, enable_gqa=group > 1)
+        mask = causal_lower_right(Tq, Tk) if 1 < Tq < Tk else None
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=Tq == Tk, enable_gqa=group > 1)
     if isinstance(layout, SepLayout):
         if group > 1:
             k = k.repeat_interleave(group, dim=1)
@@ -30,20 +103,20 @@ def attend(q, k, v, layout, config, q_sink=None):
     return F.scaled_dot_product_attention(q, k, v, layout.mask, enable_gqa=group > 1)
 
 
-# ---- plain PyTorch: blocks of queries, each over the few keys that it can see
-
+# ---- plain PyTorch: blocks of queries, each over the few keys that it can see --------------------
 
 BLOCK = 64  # queries; larger blocks share more keys, and mask more of them
 
 
 def _attention_torch(q, k, v, layout, window, sinks, q_sink):
-    """`sep_attention` without Triton, for CPUs and Apple GPUs, in any dtype: time and memory are linear in T.
+    """`sep_attention` without Triton, for CPUs and Apple GPUs; time and memory are linear in T.
 
-    The queries are cut into blocks. A block's keys are [sinks | its part of the far list | the window's rows], gathered
-    for all blocks at once and padded to the longest; then it is one dense attention per block, with a small mask.
+    The queries are cut into blocks. A block's keys are [sinks | its range of the far list | its
+    windows' rows], gathered for all blocks at once and padded to the longest; then each block is
+    one dense attention with a small mask.
     """
     B, H, Tq, D = q.shape
-    rows, visible = _keys_of_blocks(layout, window, sinks, Tq, Tk=k.shape[2])  # (B, N, M), (B, N, BLOCK, M)
+    rows, visible = _keys_of_blocks(layout, window, sinks, Tq, Tk=k.shape[2])
     _, N, M = rows.shape
     visible = visible.flatten(0, 1)[:, None]  # (B N, 1, BLOCK, M)
 
@@ -69,16 +142,20 @@ def _attention_torch(q, k, v, layout, window, sinks, q_sink):
 
 
 def _keys_of_blocks(layout, window, sinks, Tq, Tk):
-    """The key rows of each block of queries, rows (B, N, M) counted through the whole batch, and which of them each of
-    its queries sees, visible (B, N, BLOCK, M)."""
+    """The M keys of each of N blocks of queries.
+
+    rows (B, N, M): their rows, counted through the whole batch
+    visible (B, N, BLOCK, M) bool: which of them each query of the block sees
+    """
     far, start, stop = layout
     B, S = far.shape
     N = -(-Tq // BLOCK)
     device = far.device
-    query = torch.arange(N * BLOCK, device=device).clamp(max=Tq - 1).view(N, BLOCK)  # those past the end repeat the last
+    query = torch.arange(N * BLOCK, device=device).view(N, BLOCK)
+    query = query.clamp(max=Tq - 1)  # those past the end repeat the last
     query_row = Tk - Tq + query
 
-    # the far entries: the sinks, and from the first that the block's first query sees to the last of its last query
+    # the far entries: the sinks, and what the block's queries see between the first and the last
     first = start[:, query[:, 0]].long()  # (B, N)
     last = stop[:, query[:, -1]].long()
     longest = (last - first).max().clamp(min=0).item()
@@ -102,3 +179,546 @@ def _keys_of_blocks(layout, window, sinks, Tq, Tk):
     sequence = torch.arange(B, device=device)[:, None, None]
     visible = torch.cat([far_visible, near_visible.expand(B, -1, -1, -1)], dim=-1)
     return sequence * Tk + rows, visible
+
+
+# ---- Triton --------------------------------------------------------------------------------------
+#
+# Forward, one query, scores in base 2 (the exponential of a GPU is 2^x):
+#
+#     s = q k^T * D^-0.5 * log2(e)       lse = log2(sum 2^s)       p = 2^(s - lse)       o = p v
+#
+# Online softmax: neither lse nor p is known before all keys have been seen, so a loop over tiles of
+# keys keeps m_i, the largest score so far, l_i, the sum of 2^(s - m_i), and acc, the sum of
+# 2^(s - m_i) v; when m_i grows, the two sums shrink by alpha = 2^(m_old - m_new). At the end
+# o = acc / l_i and lse = m_i + log2(l_i). Only o and lse are kept for the backward.
+#
+# Backward. The scores are computed again; lse is known now, so every tile stands alone:
+#
+#     dv = p^T do        dp = do v^T        ds = p * (dp - delta)        delta = rowsum(do * o)
+#     dq = ds k * D^-0.5                    dk = ds^T q * D^-0.5
+#
+# delta is what the softmax's normalisation takes back: rowsum(p * dp) = do . (p v) = do . o.
+#
+# Four kernels. `_forward` and `_backward_dq`: a program owns BLOCK queries and loops over the keys
+# that they see. `_backward_dkdv_far` and `_backward_dkdv_near`: a program owns BLOCK keys and loops
+# over the queries that see them; it computes the transposed tiles sT, pT, dpT, dsT.
+#
+# The ranges of a block differ from row to row, but neither end ever moves back, so a block of rows
+# sees a staircase. `_count_tiles` cuts it into tiles:
+#
+#     row 0   [==========)                | n_left  | n_full   | n_right |
+#     row 1      [==========)             |         |          |         |
+#     row 2         [==========)          every row of the block sees all of the full tiles, so
+#             |left |full|right|          only tiles at the left and at the right need a mask
+#
+# Tensors are contiguous. A program moves its pointers to its head by a 64-bit offset; offsets
+# inside of a head are 32 bits wide.
+
+if triton is None:
+    def jit(function):
+        return function
+    kernel = jit
+else:
+    jit = triton.jit
+    # integers do not become part of the compiled program: one compilation serves all lengths
+    kernel = triton.jit(do_not_specialize=["H", "Tq", "Tk", "S", "window", "sinks", "far_programs"])
+    LOG2E = tl.constexpr(1.4426950408889634)
+    SINK_TILE = tl.constexpr(16)  # the smallest that a tensor core takes; sinks are few
+    MAX_SPLITS = tl.constexpr(4)  # programs, at most, that share the queries of a block of far keys
+    INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@jit
+def _dot(a, b):
+    """A matrix product summed in float32; float32 inputs are not rounded to tf32."""
+    if INTERPRETED:  # the interpreter keeps bf16 as bare bits, and would multiply those
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@jit
+def _count_tiles(lo, hi, TILE: tl.constexpr):
+    """The tiles of a block whose row r sees the range [lo[r], hi[r]); some of them need no mask."""
+    first = tl.min(lo, 0)
+    last = tl.max(hi, 0)
+    full_lo = tl.max(lo, 0)
+    full_hi = tl.min(hi, 0)
+    n_left = tl.cdiv(full_lo - first, TILE)
+    n_full = tl.maximum(full_hi - full_lo, 0) // TILE
+    n_right = tl.cdiv(tl.maximum(last - full_lo - n_full * TILE, 0), TILE)
+    return first, last, full_lo, n_left, n_full, n_right
+
+
+@jit
+def _n_tiles(tiles, MASKED: tl.constexpr):
+    _, _, _, n_left, n_full, n_right = tiles
+    if MASKED:
+        n = n_left + n_right
+    else:
+        n = n_full
+    return n
+
+
+@jit
+def _tile_entries(i, tiles, TILE: tl.constexpr, MASKED: tl.constexpr):
+    """The i-th full tile, or the i-th masked one: its entries (TILE,), and which of them to load.
+
+    A masked tile may reach past the ends of the range; there it loads the first or the last entry.
+    """
+    first, last, full_lo, n_left, n_full, _ = tiles
+    if MASKED:
+        tile = i - n_left + tl.where(i < n_left, 0, n_full)
+        entry = full_lo + tile * TILE + tl.arange(0, TILE)
+        to_load = tl.minimum(tl.maximum(entry, first), last - 1)
+    else:
+        entry = full_lo + i * TILE + tl.arange(0, TILE)
+        to_load = entry
+    return entry, to_load
+
+
+# -- forward
+
+@jit
+def _forward_loop(acc, m_i, l_i, q, K, V, FAR, lo, hi, D: tl.constexpr, TILE: tl.constexpr,
+                  GATHER: tl.constexpr, STAGES: tl.constexpr):
+    """Online softmax of a block of queries, each over its keys [lo, hi); GATHER: entries of FAR."""
+    scale: tl.constexpr = D ** -0.5 * LOG2E
+    tiles = _count_tiles(lo, hi, TILE)
+    for MASKED in tl.static_range(2):  # compiled twice: without the mask, and with it
+        for i in tl.range(0, _n_tiles(tiles, MASKED), num_stages=STAGES):
+            entry, row = _tile_entries(i, tiles, TILE, MASKED)
+            if GATHER:
+                row = tl.load(FAR + row)
+            offset = row[:, None] * D + tl.arange(0, D)
+            k = tl.load(K + offset)  # (TILE, D)
+            v = tl.load(V + offset)
+            s = _dot(q, tl.trans(k))  # (BLOCK, TILE), not scaled yet
+            if MASKED:
+                visible = (entry >= lo[:, None]) & (entry < hi[:, None])
+                s = tl.where(visible, s, float("-inf"))
+            m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
+            alpha = tl.exp2(m_i - m_new)
+            p = tl.exp2(s * scale - m_new[:, None])
+            l_i = l_i * alpha + tl.sum(p, 1)
+            acc = acc * alpha[:, None] + _dot(p.to(v.dtype), v)
+            m_i = m_new
+    return acc, m_i, l_i
+
+
+@jit
+def _query_block(Tq, BLOCK: tl.constexpr):
+    """A program's head (of all B * H) and its queries (BLOCK,), the last first: they see most."""
+    n_blocks = tl.cdiv(Tq, BLOCK)
+    bh = tl.program_id(0) // n_blocks
+    block = n_blocks - 1 - tl.program_id(0) % n_blocks
+    return bh.to(tl.int64), block * BLOCK + tl.arange(0, BLOCK)
+
+
+@jit
+def _query_ranges(START, STOP, t, Tq, Tk, window, sinks, HAS_Q_SINK: tl.constexpr):
+    """Three ranges for queries t (BLOCK,): sinks [0, sink_hi), far entries, rows of the window."""
+    start = tl.load(START + t)
+    stop = tl.load(STOP + t)
+    sink_hi = tl.minimum(stop, sinks)
+    far_lo = tl.minimum(start, stop)  # start may be past stop: an empty range
+    if not HAS_Q_SINK:
+        # where nothing after the sinks is dropped, one range over both saves a loop
+        joined = tl.max(start, 0) <= sinks
+        sink_hi = tl.where(joined, 0, sink_hi)
+        far_lo = tl.where(joined, 0, far_lo)
+    near_hi = Tk - Tq + t + 1
+    near_lo = tl.maximum(near_hi - window, 0)
+    return sink_hi, far_lo, stop, near_lo, near_hi
+
+
+@kernel
+def _forward(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, H, Tq, Tk, S, window, sinks,
+             D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+             FAR_STAGES: tl.constexpr, HAS_Q_SINK: tl.constexpr):
+    """The output of BLOCK queries of one head, and the log-sum-exp of their scores."""
+    bh, t = _query_block(Tq, BLOCK)
+    mask_m = t < Tq
+    t = tl.minimum(t, Tq - 1)  # queries past the end repeat the last one, and are not stored
+    b = bh // H
+    FAR += b * S
+    K += bh * Tk * D
+    V += bh * Tk * D
+    sink_hi, far_lo, far_hi, near_lo, near_hi = _query_ranges(
+        START + b * Tq, STOP + b * Tq, t, Tq, Tk, window, sinks, HAS_Q_SINK)
+
+    offset = bh * Tq * D + t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
+    q = tl.load(Q + offset)
+    if HAS_Q_SINK:
+        q_sink = tl.load(Q_SINK + offset)
+    else:
+        q_sink = q
+    acc = tl.zeros([BLOCK, D], tl.float32)
+    m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf: a row without keys yet has m_i - m_i = 0
+    l_i = tl.zeros([BLOCK], tl.float32)
+    acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q_sink, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
+                                  D, SINK_TILE, GATHER=True, STAGES=1)
+    acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, far_lo, far_hi,
+                                  D, TILE, GATHER=True, STAGES=FAR_STAGES)
+    acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, near_lo, near_hi,
+                                  D, TILE, GATHER=False, STAGES=STAGES)
+    tl.store(OUT + offset, (acc / l_i[:, None]).to(q.dtype), mask=mask_m[:, None])
+    tl.store(LSE + bh * Tq + t, m_i + tl.log2(l_i), mask=mask_m)
+
+
+# -- backward, queries: dq
+
+@jit
+def _dq_loop(dq, q, do, lse, delta, K, V, FAR, lo, hi, D: tl.constexpr, TILE: tl.constexpr,
+             GATHER: tl.constexpr, STAGES: tl.constexpr):
+    """Adds to dq of a block of queries, not scaled, what the keys [lo, hi) of each contribute."""
+    scale: tl.constexpr = D ** -0.5 * LOG2E
+    tiles = _count_tiles(lo, hi, TILE)
+    for MASKED in tl.static_range(2):
+        for i in tl.range(0, _n_tiles(tiles, MASKED), num_stages=STAGES):
+            entry, row = _tile_entries(i, tiles, TILE, MASKED)
+            if GATHER:
+                row = tl.load(FAR + row)
+            offset = row[:, None] * D + tl.arange(0, D)
+            k = tl.load(K + offset)  # (TILE, D)
+            v = tl.load(V + offset)
+            s = _dot(q, tl.trans(k))  # (BLOCK, TILE)
+            if MASKED:
+                visible = (entry >= lo[:, None]) & (entry < hi[:, None])
+                s = tl.where(visible, s, float("-inf"))
+            p = tl.exp2(s * scale - lse[:, None])
+            dp = _dot(do, tl.trans(v))
+            ds = p * (dp - delta[:, None])
+            dq += _dot(ds.to(k.dtype), k)
+    return dq
+
+
+@kernel
+def _backward_dq(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, DO, DELTA, DQ, DQ_SINK,
+                 H, Tq, Tk, S, window, sinks,
+                 D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+                 FAR_STAGES: tl.constexpr, HAS_Q_SINK: tl.constexpr):
+    """dq and delta of BLOCK queries of one head, and dq_sink where there is a q_sink."""
+    bh, t = _query_block(Tq, BLOCK)
+    mask_m = t < Tq
+    t = tl.minimum(t, Tq - 1)
+    b = bh // H
+    FAR += b * S
+    K += bh * Tk * D
+    V += bh * Tk * D
+    sink_hi, far_lo, far_hi, near_lo, near_hi = _query_ranges(
+        START + b * Tq, STOP + b * Tq, t, Tq, Tk, window, sinks, HAS_Q_SINK)
+
+    offset = bh * Tq * D + t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
+    do = tl.load(DO + offset)
+    out = tl.load(OUT + offset)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(DELTA + bh * Tq + t, delta, mask=mask_m)  # for dk and dv
+    lse = tl.load(LSE + bh * Tq + t)
+    q = tl.load(Q + offset)
+    if HAS_Q_SINK:
+        q_sink = tl.load(Q_SINK + offset)
+    else:
+        q_sink = q
+    dq = tl.zeros([BLOCK, D], tl.float32)
+    dq = _dq_loop(dq, q_sink, do, lse, delta, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
+                  D, SINK_TILE, GATHER=True, STAGES=1)
+    if HAS_Q_SINK:
+        tl.store(DQ_SINK + offset, (dq * D ** -0.5).to(q.dtype), mask=mask_m[:, None])
+        dq = tl.zeros([BLOCK, D], tl.float32)
+    dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, far_lo, far_hi,
+                  D, TILE, GATHER=True, STAGES=FAR_STAGES)
+    dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, near_lo, near_hi,
+                  D, TILE, GATHER=False, STAGES=STAGES)
+    tl.store(DQ + offset, (dq * D ** -0.5).to(q.dtype), mask=mask_m[:, None])
+
+
+# -- backward, keys: dk and dv
+
+@jit
+def _dkdv_loop(dk, dv, k, v, Q, DO, LSE, DELTA, lo, hi, split, num_splits,
+               D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):
+    """Adds to dk (not scaled) and dv of a block of keys what each one's queries [lo, hi) contribute.
+
+    Of `num_splits` programs that share these queries this is number `split`.
+    """
+    scale: tl.constexpr = D ** -0.5 * LOG2E
+    tiles = _count_tiles(lo, hi, TILE)
+    for MASKED in tl.static_range(2):
+        for i in tl.range(split, _n_tiles(tiles, MASKED), num_splits, num_stages=STAGES):
+            query, t = _tile_entries(i, tiles, TILE, MASKED)
+            offset = t[:, None] * D + tl.arange(0, D)
+            q = tl.load(Q + offset)  # (TILE, D)
+            do = tl.load(DO + offset)
+            lse = tl.load(LSE + t)
+            delta = tl.load(DELTA + t)
+            sT = _dot(k, tl.trans(q))  # (BLOCK, TILE)
+            if MASKED:
+                visible = (query >= lo[:, None]) & (query < hi[:, None])
+                sT = tl.where(visible, sT, float("-inf"))
+            pT = tl.exp2(sT * scale - lse[None, :])
+            dv += _dot(pT.to(do.dtype), do)
+            dpT = _dot(v, tl.trans(do))
+            dsT = pT * (dpT - delta[None, :])
+            dk += _dot(dsT.to(q.dtype), q)
+    return dk, dv
+
+
+@jit
+def _far_blocks(n_far, sinks, far_programs, BLOCK: tl.constexpr):
+    """How the programs of a head share the n_far entries of far that some query sees.
+
+    Sinks have blocks of their own, since they have other queries. There are programs for S entries,
+    and most lists are much shorter: up to MAX_SPLITS programs share the queries of a block.
+    """
+    n_sinks = tl.minimum(n_far, sinks)
+    n_sink_blocks = tl.cdiv(n_sinks, BLOCK)
+    n_blocks = n_sink_blocks + tl.cdiv(n_far - n_sinks, BLOCK)
+    num_splits = tl.minimum(far_programs // tl.maximum(n_blocks, 1), MAX_SPLITS)
+    return n_sinks, n_sink_blocks, n_blocks, num_splits
+
+
+@kernel
+def _backward_dkdv_far(Q, Q_SINK, K, V, FAR, STOP, FIRST_QUERY, END_QUERY, LSE, DO, DELTA,
+                       DK_FAR, DV_FAR, H, Tq, Tk, S, sinks, far_programs,
+                       D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+                       STAGES: tl.constexpr):
+    """What a share of the queries that see BLOCK entries of far add to dk and dv, in float32.
+
+    Entry e is seen by the queries [FIRST_QUERY[e], END_QUERY[e]). Program i of a head writes rows
+    [i * BLOCK, (i + 1) * BLOCK) of DK_FAR and DV_FAR. No two programs write the same row, so
+    nothing has to be zeroed, nothing is added atomically, and every run gives the same gradients.
+    """
+    n_heads = tl.num_programs(0) // far_programs
+    bh = (tl.program_id(0) % n_heads).to(tl.int64)  # sinks of all heads first: they take longest
+    i = tl.program_id(0) // n_heads
+    b = bh // H
+    n_far = tl.load(STOP + b * Tq + Tq - 1)
+    n_sinks, n_sink_blocks, n_blocks, num_splits = _far_blocks(n_far, sinks, far_programs, BLOCK)
+    block = i // num_splits
+    split = i % num_splits
+    if block >= n_blocks:
+        return
+
+    if block < n_sink_blocks:
+        QUERIES = Q_SINK
+        entry = block * BLOCK
+        end = n_sinks
+    else:
+        QUERIES = Q
+        entry = n_sinks + (block - n_sink_blocks) * BLOCK
+        end = n_far
+    # entries past the end repeat the last one; nobody reads their sums
+    entry = tl.minimum(entry + tl.arange(0, BLOCK), end - 1)
+    row = tl.load(FAR + b * S + entry)
+    lo = tl.load(FIRST_QUERY + b * S + entry)
+    hi = tl.load(END_QUERY + b * S + entry)
+    offset = bh * Tk * D + row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
+    k = tl.load(K + offset)
+    v = tl.load(V + offset)
+    dk = tl.zeros([BLOCK, D], tl.float32)
+    dv = tl.zeros([BLOCK, D], tl.float32)
+    queries = bh * Tq
+    dk, dv = _dkdv_loop(dk, dv, k, v, QUERIES + queries * D, DO + queries * D, LSE + queries,
+                        DELTA + queries, lo, hi, split, num_splits, D, TILE, STAGES)
+    sums = (bh * far_programs + i) * BLOCK * D
+    offset = sums + tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, D)
+    tl.store(DK_FAR + offset, dk)
+    tl.store(DV_FAR + offset, dv)
+
+
+@jit
+def _add_splits(SUMS, num_splits, is_far, BLOCK: tl.constexpr, D: tl.constexpr,
+                FAR_BLOCK: tl.constexpr):
+    """The sums (BLOCK, D) that the programs of the far pass have written; 0 where a key is not far."""
+    total = tl.zeros([BLOCK, D], tl.float32)
+    for split in range(num_splits):
+        total += tl.load(SUMS + split * FAR_BLOCK * D, mask=is_far[:, None], other=0.0)
+    return total
+
+
+@kernel
+def _backward_dkdv_near(Q, K, V, STOP, ENTRY, LSE, DO, DELTA, DK, DV, DK_FAR, DV_FAR,
+                        H, Tq, Tk, window, sinks, far_programs,
+                        D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+                        STAGES: tl.constexpr, FAR_BLOCK: tl.constexpr):
+    """dk and dv of BLOCK key rows: the sums of the far pass, and what the queries near them add.
+
+    ENTRY (B, Tk): the entry of far that stands at a key row, -1 if it never leaves a window.
+    """
+    n_blocks = tl.cdiv(Tk, BLOCK)
+    bh = (tl.program_id(0) // n_blocks).to(tl.int64)
+    b = bh // H
+    row = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)
+    mask_n = row < Tk
+    row = tl.minimum(row, Tk - 1)
+    # dk and dv begin with the sums of the far pass
+    n_far = tl.load(STOP + b * Tq + Tq - 1)
+    n_sinks, n_sink_blocks, _, num_splits = _far_blocks(n_far, sinks, far_programs, FAR_BLOCK)
+    entry = tl.load(ENTRY + b * Tk + row)
+    is_far = entry >= 0
+    # sinks fill up their last block, so far tokens begin at a block of their own
+    slot = tl.where(entry < n_sinks, entry, entry - n_sinks + n_sink_blocks * FAR_BLOCK)
+    sums = slot // FAR_BLOCK * num_splits * FAR_BLOCK + slot % FAR_BLOCK
+    offset_far = bh * far_programs * FAR_BLOCK * D + sums[:, None] * D + tl.arange(0, D)
+    dk = _add_splits(DK_FAR + offset_far, num_splits, is_far, BLOCK, D, FAR_BLOCK)
+    dv = _add_splits(DV_FAR + offset_far, num_splits, is_far, BLOCK, D, FAR_BLOCK)
+
+    offset = bh * Tk * D + row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
+    k = tl.load(K + offset)
+    v = tl.load(V + offset)
+    t = row - (Tk - Tq)  # the query that stands at each key row; negative before the first
+    lo = tl.maximum(t, 0)
+    hi = tl.minimum(t + window, Tq)
+    queries = bh * Tq
+    dk, dv = _dkdv_loop(dk, dv, k, v, Q + queries * D, DO + queries * D, LSE + queries,
+                        DELTA + queries, lo, hi, 0, 1, D, TILE, STAGES)
+    tl.store(DK + offset, (dk * D ** -0.5).to(k.dtype), mask=mask_n[:, None])
+    tl.store(DV + offset, dv.to(v.dtype), mask=mask_n[:, None])
+
+
+# -- sizes and launches
+
+class Tile(NamedTuple):
+    block: int  # queries (forward, dq) or keys (dk and dv) of a program
+    tile: int  # keys or queries of one step of its loop
+    num_warps: int
+    stages: int  # tiles in flight or in use, in a loop over neighbouring rows
+    far_stages: int  # the same where rows are gathered: their addresses are loads, too
+    maxnreg: int | None = None  # registers per thread, at most, so that more programs fit on an SM
+
+
+class Tiles(NamedTuple):
+    forward: Tile
+    dq: Tile
+    dkdv: Tile
+
+
+# what compiles without spilled registers; `experiments/RESULTS.md` says how they were chosen
+HOPPER = {
+    64: Tiles(Tile(128, 64, 4, 3, 5), Tile(64, 64, 4, 3, 5, maxnreg=168), Tile(64, 64, 4, 3, 5)),
+    128: Tiles(Tile(128, 64, 8, 3, 5), Tile(128, 64, 8, 3, 5), Tile(64, 32, 4, 3, 5)),
+}
+OTHER = {  # less shared memory, and no stage more than gains something
+    64: Tiles(Tile(128, 64, 8, 3, 3), Tile(128, 64, 8, 3, 3), Tile(64, 32, 4, 3, 3)),
+    128: Tiles(Tile(64, 64, 8, 2, 2), Tile(64, 64, 8, 2, 2), Tile(32, 64, 8, 2, 2)),
+}
+
+
+def _tiles(q):
+    """Tile sizes for queries q (B, H, Tq, D): by the generation of the device and by D."""
+    Tq, D = q.shape[2:]
+    if q.dtype == torch.float32 or Tq <= 32:
+        small = Tile(16, 32, max(4, D // 16), 2, 2)
+        return Tiles(small, small, small)
+    hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    return (HOPPER if hopper else OTHER)[max(D, 64)]
+
+
+@library.custom_op("nanosep::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, far: Tensor, start: Tensor, stop: Tensor,
+               window: int, sinks: int, q_sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output (B, H, Tq, D) and the log-sum-exp of the scores in base 2, (B, H, Tq) float32."""
+    B, H, Tq, D = q.shape
+    Tk, S = k.shape[2], far.shape[1]
+    q, k, v, far, start, stop = (x.contiguous() for x in (q, k, v, far, start, stop))
+    out = torch.empty_like(q)
+    lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
+    tile = _tiles(q).forward
+    with torch.cuda.device_of(q):
+        _forward[(B * H * triton.cdiv(Tq, tile.block),)](
+            q, q if q_sink is None else q_sink.contiguous(), k, v, far, start, stop, out, lse,
+            H, Tq, Tk, S, window, sinks,
+            D=D, BLOCK=tile.block, TILE=tile.tile, STAGES=tile.stages, FAR_STAGES=tile.far_stages,
+            HAS_Q_SINK=q_sink is not None, num_warps=tile.num_warps, maxnreg=tile.maxnreg)
+    return out, lse
+
+
+@library.custom_op("nanosep::attention_backward", mutates_args=())
+def _attention_backward(
+        do: Tensor, q: Tensor, k: Tensor, v: Tensor, far: Tensor, start: Tensor, stop: Tensor,
+        window: int, sinks: int, q_sink: Tensor | None, out: Tensor, lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and dq_sink, which is empty without q_sink."""
+    B, H, Tq, D = q.shape
+    Tk, S = k.shape[2], far.shape[1]
+    do, q, k, v, far, start, stop = (x.contiguous() for x in (do, q, k, v, far, start, stop))
+    has_q_sink = q_sink is not None
+    q_sink = q_sink.contiguous() if has_q_sink else q
+    dq = torch.empty_like(q)
+    dk = torch.empty_like(k)
+    dv = torch.empty_like(v)
+    dq_sink = torch.empty_like(q) if has_q_sink else q.new_empty(0)
+    delta = torch.empty_like(lse)
+
+    # entry e of far is seen from the first query whose stop exceeds e up to the first whose start
+    # exceeds e; sinks are seen to the end
+    entry = torch.arange(S, dtype=torch.int32, device=q.device).expand(B, S).contiguous()
+    first_query = torch.searchsorted(stop, entry, right=True, out_int32=True)  # (B, S)
+    end_query = torch.searchsorted(start, entry, right=True, out_int32=True)
+    end_query = torch.where(entry < sinks, Tq, torch.maximum(first_query, end_query))
+    # the entry that stands at each key row; entries that never leave a window go to column Tk
+    row = torch.where(entry < stop[:, -1:], far, Tk).long()
+    entry_of_row = entry.new_full((B, Tk + 1), -1).scatter_(1, row, entry)[:, :Tk].contiguous()
+
+    tiles = _tiles(q)
+    far_tile = tiles.dkdv
+    near_tile = tiles.dkdv
+    far_programs = triton.cdiv(S, far_tile.block) + 1  # per head; sinks may need one block more
+    dk_far = torch.empty(B * H, far_programs * far_tile.block, D,
+                         dtype=torch.float32, device=q.device)
+    dv_far = torch.empty_like(dk_far)
+    # The order of these launches is part of the algorithm: dq writes delta, which both others read,
+    # and the near pass reads the sums that the far pass has written.
+    with torch.cuda.device_of(q):
+        tile = tiles.dq
+        _backward_dq[(B * H * triton.cdiv(Tq, tile.block),)](
+            q, q_sink, k, v, far, start, stop, out, lse, do, delta, dq, dq_sink,
+            H, Tq, Tk, S, window, sinks,
+            D=D, BLOCK=tile.block, TILE=tile.tile, STAGES=tile.stages, FAR_STAGES=tile.far_stages,
+            HAS_Q_SINK=has_q_sink, num_warps=tile.num_warps, maxnreg=tile.maxnreg)
+        _backward_dkdv_far[(B * H * far_programs,)](
+            q, q_sink, k, v, far, stop, first_query, end_query, lse, do, delta, dk_far, dv_far,
+            H, Tq, Tk, S, sinks, far_programs,
+            D=D, BLOCK=far_tile.block, TILE=far_tile.tile, STAGES=far_tile.stages,
+            num_warps=far_tile.num_warps, maxnreg=far_tile.maxnreg)
+        _backward_dkdv_near[(B * H * triton.cdiv(Tk, near_tile.block),)](
+            q, k, v, stop, entry_of_row, lse, do, delta, dk, dv, dk_far, dv_far,
+            H, Tq, Tk, window, sinks, far_programs,
+            D=D, BLOCK=near_tile.block, TILE=near_tile.tile, STAGES=near_tile.stages,
+            FAR_BLOCK=far_tile.block, num_warps=near_tile.num_warps, maxnreg=near_tile.maxnreg)
+    return dq, dk, dv, dq_sink
+
+
+@_attention.register_fake
+def _(q, k, v, far, start, stop, window, sinks, q_sink):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(do, q, k, v, far, start, stop, window, sinks, q_sink, out, lse):
+    dq_sink = q.new_empty(0) if q_sink is None else q.new_empty(q.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dq_sink
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, far, start, stop, ctx.window, ctx.sinks, q_sink = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, far, start, stop, q_sink, out, lse)
+
+
+def _backward(ctx, do, _):
+    q, k, v, far, start, stop, q_sink, out, lse = ctx.saved_tensors
+    dq, dk, dv, dq_sink = _attention_backward(
+        do, q, k, v, far, start, stop, ctx.window, ctx.sinks, q_sink, out, lse)
+    if q_sink is None:
+        dq_sink = None
+    return dq, dk, dv, None, None, None, None, None, dq_sink
+
+
+_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+if __name__ == "__main__":
+    tests = Path(__file__).parent / "tests" / "test_kernel.py"
+    sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-q", str(tests)]).returncode)

@@ -1,4 +1,4 @@
-"""The Triton kernel against the float64 reference: on the GPU if there is one, else in Triton's interpreter."""
+"""The Triton kernel against float64: on the GPU if there is one, else in Triton's interpreter."""
 import functools
 import random
 
@@ -6,83 +6,164 @@ import pytest
 import torch
 from torch import library
 
-import model as model_module
+import sep_kernel
 from model import GPT
-from sep_cache import SepCache, far_list
-from sep_kernel import NO_LIMIT, _attention, sep_attention
+from sep_cache import SepCache, SepLayout
+from sep_kernel import _attention, sep_attention
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def random_case(dtype):
-    """Inputs of every shape and option that the kernel takes; far lists of random text, so that rows are ragged."""
-    B, H, D = random.randint(1, 3), random.randint(1, 3), random.choice([16, 32, 64, 128])
-    long = B * H <= 2 or B * H * D < 100  # the interpreter is slow
-    Tq = random.choice([1, 2, random.randint(1, 40), random.randint(1, 80)] + [random.randint(80, 300)] * long)
-    Tk, window, sinks = Tq + random.choice([0, random.randint(0, 60)]), random.choice([1, 2, 9, 33, 400]), random.choice([0, 1, 4, 20])
-    density, max_seps = random.choice([0, 0.1, 0.5, 1]), random.choice([None, 0, 1, 5])
+def dense_attention(q, k, v, layout, window, sinks=0, q_sink=None):
+    """The contract of `sep_attention`, query by query, with a dense mask. Any dtype."""
+    far, start, stop = (x.tolist() for x in layout)
+    (B, _, Tq, D), Tk = q.shape, k.shape[2]
+    sink = torch.zeros(B, 1, Tq, Tk, dtype=torch.bool)
+    visible = sink.clone()
+    for b in range(B):
+        for t in range(Tq):
+            row = Tk - Tq + t
+            sink[b, 0, t, far[b][:min(sinks, stop[b][t])]] = True
+            visible[b, 0, t, far[b][start[b][t]:stop[b][t]]] = True
+            visible[b, 0, t, max(row - window + 1, 0):row + 1] = True
+    sink, visible = sink.to(q.device), (visible | sink).to(q.device)
+    q_sink = q if q_sink is None else q_sink
+    scores = torch.where(sink, q_sink @ k.mT, q @ k.mT) * D ** -0.5  # (B, H, Tq, Tk)
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+
+
+def random_layout(B, Tq, Tk, window, sinks):
+    """Any layout that the contract allows: other rules than those of a text, too."""
+    density = random.choice([0, 0.1, 0.5, 1])
     kept = (torch.rand(B, Tk) < density) | (torch.arange(Tk) < sinks)
-    layout = *(x.to(DEVICE) for x in far_list(kept, window, Tq)), window, sinks, max_seps
-    inputs = [torch.randn(B, T, H, D, device=DEVICE).to(dtype).transpose(1, 2) for T in (Tq, Tk, Tk, Tq, Tq)]  # not contiguous
-    return inputs, layout
+    far = torch.zeros(B, Tk + random.choice([0, 0, 7]), dtype=torch.int32)
+    for b in range(B):
+        rows = kept[b].nonzero()[:, 0]
+        far[b, :len(rows)] = rows
+    gone = torch.arange(Tk - Tq, Tk) - window  # the last row that has left each query's window
+    stop = kept.cumsum(1)[:, gone.clamp(min=0)] * (gone >= 0)  # (B, Tq) kept rows up to that one
+    if random.random() < 0.5:  # some leave later than they might
+        stop = (stop * torch.rand(B, Tq)).cummax(1).values
+    rule = random.choice(["all", "cap", "any"])
+    if rule == "all":
+        start = torch.zeros(B, Tq)
+    elif rule == "cap":
+        start = stop - random.choice([0, 1, 5])
+    else:
+        start = (1.3 * stop * torch.rand(B, Tq)).cummax(1).values  # also beyond stop
+    layout = far, start.clamp(min=sinks), stop
+    return SepLayout(*(x.to(DEVICE, torch.int32).contiguous() for x in layout))
 
 
-def results(inputs, layout, dtype, impl, apart):
-    """Output and gradients of q, k, v and, if it is apart, q_sink."""
-    *leaves, do = (x.detach().to(dtype) for x in inputs)
-    leaves = [x.requires_grad_() for x in leaves]
-    q, k, v, q_sink = leaves
-    out = sep_attention(q, k, v, *layout, q_sink if apart else None, impl)
-    return [out.detach(), *torch.autograd.grad(out, leaves if apart else leaves[:3], do)]
+def random_case(dtype, head_sizes):
+    """Inputs of every shape and option that the kernel takes: tensors, then layout, window, sinks."""
+    B, H, D = random.randint(1, 3), random.randint(1, 3), random.choice(head_sizes)
+    lengths = [1, 2, random.randint(1, 40), random.randint(1, 80)]
+    if B * H <= 2:  # the interpreter is slow
+        lengths.append(random.randint(80, 300))
+    Tq = random.choice(lengths)
+    Tk = Tq + random.choice([0, random.randint(0, 60)])
+    window = random.choice([1, 2, 9, 33, 130, 400])
+    sinks = random.choice([0, 1, 4, 20])
+    # not contiguous, as a model has them
+    tensors = [torch.randn(B, T, H, D, device=DEVICE).to(dtype).transpose(1, 2)
+               for T in (Tq, Tk, Tk, Tq, Tq)]
+    return tensors, (random_layout(B, Tq, Tk, window, sinks), window, sinks)
+
+
+def out_and_gradients(attention, tensors, case, dtype, with_q_sink):
+    """Output and gradients of q, k, v and q_sink."""
+    q, k, v, q_sink, do = (x.detach().to(dtype).requires_grad_() for x in tensors)
+    leaves = {"q": q, "k": k, "v": v}
+    if with_q_sink:
+        leaves["q_sink"] = q_sink
+    out = attention(q, k, v, *case, q_sink=leaves.get("q_sink"))
+    grads = torch.autograd.grad(out, list(leaves.values()), do)
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+triton_attention = functools.partial(sep_attention, impl="triton")
 
 
 @pytest.fixture
 def poison(monkeypatch):
     """Fresh memory is full of NaN, so that an element that nobody wrote is seen."""
     monkeypatch.setattr(torch, "empty_like", lambda x, **kw: torch.full_like(x, torch.nan, **kw))
-    monkeypatch.setattr(torch, "empty", lambda *size, **kw: torch.full(*size, fill_value=torch.nan, **kw))
+    monkeypatch.setattr(torch, "empty",
+                        lambda *size, **kw: torch.full(size, fill_value=torch.nan, **kw))
 
 
-@pytest.mark.parametrize("dtype, cases", [(torch.float32, 50), (torch.bfloat16, 40), (torch.float16, 20)])
-def test_kernel_equals_fp64_reference(seed, poison, dtype, cases):
+@pytest.mark.parametrize("dtype, head_sizes, cases", [
+    (torch.float32, [16, 32, 64, 128], 40),
+    (torch.bfloat16, [16, 32, 64, 128], 40),
+    (torch.float16, [16, 64], 20),  # every size once more would be a compilation each
+])
+def test_output_and_gradients_equal_float64(seed, poison, dtype, head_sizes, cases):
     for _ in range(cases):
-        (inputs, layout), apart = random_case(dtype), random.random() < 0.5
-        exact = results(inputs, layout, torch.float64, "torch", apart)
-        kernel = results(inputs, layout, dtype, "triton", apart)
-        reference = results(inputs, layout, dtype, "torch", apart)
-        # as wrong as the reference in this precision may be, and a dozen roundings of the largest numbers
-        allowed = 3 * max((z.double() - x).abs().max() for x, z in zip(exact, reference))
-        allowed += 12 * torch.finfo(dtype).eps * max(1, *(x.abs().max() for x in exact))
-        for name, x, y in zip(("out", "dq", "dk", "dv", "dq_sink"), exact, kernel):
-            assert (y.double() - x).abs().max() <= allowed, (name, [t.shape for t in inputs], layout[2:], apart)
+        tensors, case = random_case(dtype, head_sizes)
+        with_q_sink = random.random() < 0.5
+        exact = out_and_gradients(dense_attention, tensors, case, torch.float64, with_q_sink)
+        dense = out_and_gradients(dense_attention, tensors, case, dtype, with_q_sink)
+        kernel = out_and_gradients(triton_attention, tensors, case, dtype, with_q_sink)
+        # three times the dense form's error in this precision, and 12 roundings of the largest number
+        allowed = 3 * max((dense[name].double() - exact[name]).abs().max() for name in exact)
+        allowed += 12 * torch.finfo(dtype).eps * max(1, *(x.abs().max() for x in exact.values()))
+        for name in exact:
+            error = (kernel[name].double() - exact[name]).abs().max()
+            shapes = [tuple(x.shape) for x in tensors[:2]]
+            assert error <= allowed, (name, shapes, case[1:], with_q_sink)
+
+
+def test_gradients_are_the_same_in_every_run(seed):
+    tensors, case = random_case(torch.float32, [16])
+    first, second = (out_and_gradients(triton_attention, tensors, case, torch.float32, True)
+                     for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_offsets_beyond_2_to_the_31(seed):
-    if DEVICE == "cpu":
-        pytest.skip("needs 20 GB on a GPU")
-    T, kept = 1 << 19, torch.zeros(1, 1 << 19, dtype=torch.bool)
-    kept[:, ::5000] = True
-    far, n_far = (x.to(DEVICE) for x in far_list(kept, 16, T))
-    q, k, v = (torch.randn(1, 80, T, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
-    out = sep_attention(q, k, v, far, n_far, 16, impl="triton")
-    alone = sep_attention(q[:, -1:], k[:, -1:], v[:, -1:], far, n_far, 16, impl="triton")
-    assert torch.equal(out[:, -1:], alone)
+    if DEVICE == "cpu" or torch.cuda.mem_get_info()[0] < 50 << 30:
+        pytest.skip("needs a GPU with 50 GB")
+    T, H, window = 1 << 19, 80, 16
+    far = torch.arange(0, T, 5000, dtype=torch.int32, device=DEVICE)[None]
+    stop = torch.searchsorted(far[0], torch.arange(T, device=DEVICE) - window, right=True)
+    stop = stop.to(torch.int32)[None]
+    case = SepLayout(far, torch.zeros_like(stop), stop), window
+    q, k, v, do = (torch.randn(1, H, T, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
+    tensors = q, k, v, q, do
+    last = [x[:, -1:] for x in tensors]
+    alone = out_and_gradients(triton_attention, last, case, torch.bfloat16, False)
+    together = out_and_gradients(triton_attention, tensors, case, torch.bfloat16, False)
+    for name in alone:
+        assert torch.equal(together[name][:, -1:], alone[name]), name
 
 
-def operands(D=16):
-    kept = torch.rand(2, 24) < 0.3
-    q, k, v = (torch.randn(2, 2, T, D, device=DEVICE, requires_grad=True) for T in (20, 24, 24))
-    return q, k, v, *(x.to(DEVICE) for x in far_list(kept, 3, 20)), 3, 1, 4
+@pytest.fixture
+def small(seed):
+    """q, k, v, and layout, window, sinks of a small case."""
+    q, k, v = (torch.randn(2, 2, T, 16, device=DEVICE, requires_grad=True) for T in (20, 24, 24))
+    return q, k, v, random_layout(2, 20, 24, window=3, sinks=4), 3, 4
 
 
-def test_opcheck(seed):
-    for q_sink in (None, torch.randn(2, 2, 20, 16, device=DEVICE, requires_grad=True)):
-        library.opcheck(_attention, (*operands()[:5], [3, 1, 4], q_sink))
+def test_torch_library_accepts_the_operator(small):
+    q, k, v, layout, window, sinks = small
+    for q_sink in (None, torch.randn_like(q).requires_grad_()):
+        library.opcheck(_attention, (q, k, v, *layout, window, sinks, q_sink))
+
+
+def test_compiles_without_graph_break(small):
+    q, k, v, *case = small
+    compiled = torch.compile(triton_attention, fullgraph=True, backend="aot_eager")
+    tensors = q, k, v, q, torch.randn_like(q)
+    for with_q_sink in (False, True):
+        expected = out_and_gradients(triton_attention, tensors, case, q.dtype, with_q_sink)
+        result = out_and_gradients(compiled, tensors, case, q.dtype, with_q_sink)
+        assert all(torch.equal(expected[name], result[name]) for name in expected)
 
 
 def test_model_compiles_without_graph_break(seed, tiny, monkeypatch):
-    monkeypatch.setattr(model_module, "sep_attention", functools.partial(sep_attention, impl="triton"))
+    monkeypatch.setattr(sep_kernel, "sep_attention", triton_attention)
     model = GPT(tiny(n_embd=32)).to(DEVICE)
     ids = torch.randint(12, (2, 30), device=DEVICE)  # longer than block_size: with q_sink
     loss = model(ids, ids)[1]
@@ -92,7 +173,8 @@ def test_model_compiles_without_graph_break(seed, tiny, monkeypatch):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, ids)[1]
     compiled.backward()
     assert torch.allclose(loss, compiled, atol=1e-5)
-    assert all(torch.allclose(p.grad, g, atol=1e-4) for p, g in zip(model.parameters(), expected))
+    grads = [p.grad for p in model.parameters()]
+    assert all(torch.allclose(g, e, atol=1e-4) for g, e in zip(grads, expected, strict=True))
 
 
 @torch.no_grad()
@@ -104,25 +186,31 @@ def test_kernel_streams_as_it_reads(seed, tiny, monkeypatch):
     model = model.to(DEVICE, torch.bfloat16)
     ids = ids.to(DEVICE)
     allowed = 3 * (model(ids)[0].cpu().double() - exact).abs().max() + 0.05 * exact.abs().max()
-    monkeypatch.setattr(model_module, "sep_attention", functools.partial(sep_attention, impl="triton"))
-    for piece in (1, 7, 64, 1000):
+    monkeypatch.setattr(sep_kernel, "sep_attention", triton_attention)
+    for chunk_size in (1, 7, 64, 1000):
         cache = SepCache(config, 1, DEVICE, torch.bfloat16)
-        T = 40 if piece == 1 else 150  # the interpreter is slow
-        out = torch.cat([model(part, cache=cache)[0] for part in ids[:, :T].split(piece, dim=1)], 1).cpu().double()
-        assert (out - exact[:, :T]).abs().max() <= allowed, piece
+        T = 40 if chunk_size == 1 else 150  # the interpreter is slow
+        chunks = ids[:, :T].split(chunk_size, dim=1)
+        out = torch.cat([model(chunk, cache=cache)[0] for chunk in chunks], 1).cpu().double()
+        assert (out - exact[:, :T]).abs().max() <= allowed, chunk_size
 
 
-def test_what_the_kernel_cannot_do_is_a_sentence():
-    q, k, v, *layout = operands(D=24)
-    with pytest.raises(ValueError, match="D 24"):
-        sep_attention(q, k, v, *layout, impl="triton")
-    with pytest.raises(ValueError, match="torch.float64"):
-        q, k, v, *layout = operands()
-        sep_attention(q.double(), k.double(), v.double(), *layout, impl="triton")
-    assert sep_attention(q, k, v, *layout).shape == q.shape
+def test_a_window_may_be_longer_than_the_text(small):
+    q, k, v, layout, _, sinks = small
+    layout = SepLayout(layout.far, torch.full_like(layout.start, sinks), torch.zeros_like(layout.stop))
+    for impl in ("torch", "triton"):
+        out = sep_attention(q, k, v, layout, 24, sinks, impl=impl)
+        endless = sep_attention(q, k, v, layout, 1 << 40, sinks, impl=impl)
+        assert torch.equal(out, endless)
 
 
-def test_limits_that_mean_everything(seed):
-    q, k, v, far, n_far, window, sinks, _ = operands()
-    a, b, c = (sep_attention(q, k, v, far, n_far, window, sinks, m, impl="triton") for m in (None, NO_LIMIT, far.shape[1]))
-    assert torch.equal(a, b) and torch.equal(a, c)
+@pytest.mark.parametrize("D, dtype, impl, sentence", [
+    (24, torch.float32, "triton", "D 24"),
+    (16, torch.float64, "triton", "torch.float64"),
+    (16, torch.float32, "cuda", "impl is 'cuda', and must be auto, triton or torch"),
+])
+def test_what_cannot_be_done_is_a_sentence(small, D, dtype, impl, sentence):
+    *_, layout, window, sinks = small
+    q, k, v = (torch.randn(2, 2, T, D, device=DEVICE, dtype=dtype) for T in (20, 24, 24))
+    with pytest.raises(ValueError, match=sentence):
+        sep_attention(q, k, v, layout, window, sinks, impl=impl)

@@ -174,7 +174,8 @@ def test_the_cache_holds_what_the_latest_token_sees(seed, tiny):
             key = positions.float().view(1, 1, -1, 1).expand(1, 1, size, 2)
             cache.update(key, key, layer_idx=0)
             n_read += size
-            seen = cache.kv[0, 0, 0, 0, cache._visible(cache.position - 1)[0], 0].long()
+            slots = cache.visible_slots(cache.position - 1)[0]
+            seen = cache.kv[0, 0, 0, 0, slots, 0].long()
             mask = definition_mask(ids[0, :n_read].tolist(), config)
             assert sorted(seen.tolist()) == mask[-1].nonzero()[:, 0].tolist(), config
             assert cache.n_rows == len(seen)
