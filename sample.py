@@ -4,9 +4,11 @@
     python sample.py --stream                              text without end, until Ctrl-C
     python sample.py --score FILE                          perplexity of a text of any length
     python sample.py --attn sep --window 64 --stream       another attention than in training
+    python sample.py --ckpt FOLDER --stream                a pretrained model, see `llama.py`
 
 The one idea: all of it is one loop over `model(ids, cache=cache)`. Read after `train.py`.
 """
+import argparse
 import codecs
 import math
 import os
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from llama import load_model, load_tokenizer
 from sep_cache import SepCache, SepConfig, require
 from train import (
     DEFAULT_DEVICE,
@@ -33,6 +36,7 @@ from train import (
 )
 
 SCORE_CHUNK = {"cpu": 512, "mps": 512, "cuda": 16384}  # tokens per forward
+MAX_LOGITS = 2 ** 28  # of a forward: fewer tokens where the vocabulary is large
 ONE_THREAD_BELOW = 10_000_000  # parameters
 
 
@@ -41,6 +45,7 @@ ONE_THREAD_BELOW = 10_000_000  # parameters
 
 class ByteTokenizer:
     """Tokens are bytes."""
+    eos_ids = frozenset()  # no token ends a text
 
     def __init__(self):
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -60,9 +65,14 @@ class ByteTokenizer:
         """The token ids of a file, as an array that is read as it is needed."""
         return read_tokens(path, np.uint8)
 
+    def separators(self, characters):
+        """The ids that separate segments, if these characters do."""
+        return sorted(set(self.encode(characters)))
+
 
 class IdTokenizer:
     """For models of token ids that another program has made: text is their numbers, with spaces."""
+    eos_ids = frozenset()
 
     def encode(self, text):
         try:
@@ -76,6 +86,9 @@ class IdTokenizer:
 
     def encode_file(self, path):
         return read_tokens(path, np.uint16)
+
+    def separators(self, characters):
+        return self.encode(characters)
 
 
 def read_tokens(path, dtype):
@@ -95,7 +108,7 @@ def cache_status(cache):
     """What the cache holds, beside one that keeps everything."""
     mib = cache.nbytes / 2 ** 20
     full_mib = cache.nbytes_of(cache.n_tokens) / 2 ** 20
-    share = cache.n_rows / cache.n_tokens
+    share = cache.n_rows / max(cache.n_tokens, 1)  # interrupted before the first token: 0
     return (f"{cache.n_rows:,.0f} of {cache.n_tokens:,} keys ({share:.2%}), cache {mib:,.2f} MiB "
             f"(a full cache: {full_mib:,.2f})")
 
@@ -113,9 +126,9 @@ class TextWriter:
             return
         self.line += text
         if self.line.endswith("\n") or len(self.line) > self.MAX_LINE:
-            self.close()
+            self.flush()
 
-    def close(self):
+    def flush(self):
         """Print what is still waiting for its line's end."""
         if self.line:
             tqdm.write(self.line.removesuffix("\n"))
@@ -145,7 +158,7 @@ def print_stream(model, tokenizer, cache, prompt, args):
     seconds = time.perf_counter() - start
     bar.close()
     writer.write(tokenizer.decode([], is_end=True))
-    writer.close()
+    writer.flush()
     print(f"\n{bar.n:,} tokens in {seconds:.1f} s, {bar.n / seconds:,.0f} tokens/s; "
           f"{cache_status(cache)}", file=sys.stderr)
 
@@ -154,14 +167,23 @@ def print_samples(model, tokenizer, cache, prompt, args):
     """Print a continuation of each prompt. Each sequence of the batch has its own separators."""
     n_tokens = args.max_new_tokens or 500
     tokens = model.generate(prompt, n_tokens, args.temperature, args.top_k, cache)
+    eos_ids = torch.tensor(sorted(tokenizer.eos_ids), device=prompt.device)
+    has_ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    new_ids = []
     start = time.perf_counter()
-    new_ids = list(tqdm(tokens, total=n_tokens, desc="sampling", unit="token"))
-    ids = torch.cat([prompt, torch.stack(new_ids, dim=1)], dim=1)  # (num_samples, T)
-    ids = ids.tolist()  # waits for the GPU
+    for token in tqdm(tokens, total=n_tokens, desc="sampling", unit="token"):
+        new_ids.append(token)
+        if len(eos_ids) > 0:
+            has_ended |= (token[:, None] == eos_ids).any(dim=1)
+            if has_ended.all():
+                break
+    new_ids = torch.stack(new_ids, dim=1).tolist()  # waits for the GPU
     seconds = time.perf_counter() - start
-    for sample in ids:
-        print(tokenizer.decode(sample, is_end=True), end="\n---\n")
-    print(f"{n_tokens * len(ids) / seconds:,.0f} tokens/s; {cache_status(cache)}", file=sys.stderr)
+    for prompt_ids, sample in zip(prompt.tolist(), new_ids, strict=True):
+        end = next((i for i, token in enumerate(sample) if token in tokenizer.eos_ids), len(sample))
+        print(tokenizer.decode(prompt_ids + sample[:end], is_end=True), end="\n---\n")
+    n_sampled = len(new_ids) * len(new_ids[0])
+    print(f"{n_sampled / seconds:,.0f} tokens/s; {cache_status(cache)}", file=sys.stderr)
 
 
 # ---- scoring
@@ -199,7 +221,7 @@ def score(model, cache, tokens, device):
     tokens: NumPy array of token ids, at least two; cache: a fresh SepCache of one sequence.
     """
     n = len(tokens) - 1  # the first token is only read
-    chunk_size = SCORE_CHUNK[device.type]
+    chunk_size = min(SCORE_CHUNK[device.type], MAX_LOGITS // model.config.vocab_size)
     spans = score_spans(n)
     sums = dict.fromkeys(spans, 0.0)  # nats
     whole = spans[-1]
@@ -260,8 +282,9 @@ def print_score(result, cache, is_bytes):
 
 def make_parser():
     parser = Parser(__doc__)
-    parser.add_argument("--ckpt", default="out/ckpt.pt", metavar="FILE",
-                        help="the checkpoint (default: out/ckpt.pt)")
+    parser.add_argument("--ckpt", default="out/ckpt.pt", metavar="PATH",
+                        help="a checkpoint of train.py (default: out/ckpt.pt), or the folder of a\n"
+                             "pretrained model: config.json, *.safetensors, tokenizer.json")
     parser.add_argument("--device", default=DEFAULT_DEVICE,
                         help=f"{DEVICE_HELP}\n(default: {DEFAULT_DEVICE})")
     parser.add_argument("--prompt", default="\n", metavar="TEXT",
@@ -279,11 +302,15 @@ def make_parser():
                         help="sample among the K likeliest tokens (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument("--stream", action="store_true",
-                        help="write without end, in constant memory")
+                        help="write without end; in constant memory, unless attn is full")
     parser.add_argument("--score", type=Path, metavar="FILE",
                         help="read this text as a stream and print its perplexity; token ids\n"
                              "(uint16) if the model was trained on token ids")
-    parser.add_config(SepConfig, default="the checkpoint's")
+    parser.add_config(SepConfig, default="the checkpoint's; a pretrained model's: "
+                                         "sep, window 256, sinks 4, max_seps 256")
+    parser.add_argument("--separators", metavar="CHARS", default=argparse.SUPPRESS,
+                        help="the characters that separate segments; token ids if the model was\n"
+                             "trained on token ids (default: the checkpoint's)")
     return parser
 
 
@@ -299,14 +326,21 @@ def check_args(parser, args):
 
 def load(parser, args, device):
     """(model, tokenizer) that the options ask for; the separators are those of model.config."""
-    checkpoint = load_checkpoint(args.ckpt)
-    model = checkpoint.model
+    if Path(args.ckpt).is_dir():
+        model = load_model(args.ckpt, device=device)
+        tokenizer = load_tokenizer(args.ckpt)
+    else:
+        checkpoint = load_checkpoint(args.ckpt)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = checkpoint.model.to(device, dtype).eval()
+        is_bytes = checkpoint.info["data_meta"]["dtype"] == "uint8"
+        tokenizer = ByteTokenizer() if is_bytes else IdTokenizer()
+    settings = fields_of(SepConfig, vars(args))
+    if "separators" in settings:
+        settings["separators"] = tokenizer.separators(settings["separators"])
     with parser.usage_errors():
-        model.configure(**fields_of(SepConfig, vars(args)))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    is_bytes = checkpoint.info["data_meta"]["dtype"] == "uint8"
-    tokenizer = ByteTokenizer() if is_bytes else IdTokenizer()
-    return model.to(device, dtype).eval(), tokenizer
+        model.configure(**settings)
+    return model, tokenizer
 
 
 def check_vocabulary(ids, model, source):

@@ -204,12 +204,14 @@ def _keys_of_blocks(layout, window, sinks, Tq, Tk):
 # over the queries that see them; it computes the transposed tiles sT, pT, dpT, dsT.
 #
 # The ranges of a block differ from row to row, but neither end ever moves back, so a block of rows
-# sees a staircase. `_count_tiles` cuts it into tiles:
+# sees a staircase. Every row sees all of a full tile; only the tiles left and right of these need a
+# mask. `_count_tiles` counts the three kinds.
 #
-#     row 0   [==========)                | n_left  | n_full   | n_right |
-#     row 1      [==========)             |         |          |         |
-#     row 2         [==========)          every row of the block sees all of the full tiles, so
-#             |left |full|right|          only tiles at the left and at the right need a mask
+#     row 0    [=================================)
+#     row 1           [===============================)
+#     row 2                   [=============================)
+#             | left  | left  | full  | full  | right | right |
+#              first          full_lo                       last
 #
 # Tensors are contiguous. A program moves its pointers to its head by a 64-bit offset; offsets
 # inside of a head are 32 bits wide.
@@ -239,7 +241,7 @@ def _dot(a, b):
 
 @jit
 def _count_tiles(lo, hi, TILE: tl.constexpr):
-    """The tiles of a block whose row r sees the range [lo[r], hi[r]); some of them need no mask."""
+    """How the union of the rows' ranges [lo, hi) is cut into tiles: see the picture above."""
     first = tl.min(lo, 0)
     last = tl.max(hi, 0)
     full_lo = tl.max(lo, 0)
@@ -252,6 +254,7 @@ def _count_tiles(lo, hi, TILE: tl.constexpr):
 
 @jit
 def _n_tiles(tiles, MASKED: tl.constexpr):
+    """How many tiles need a mask, or how many need none."""
     _, _, _, n_left, n_full, n_right = tiles
     if MASKED:
         n = n_left + n_right
@@ -338,32 +341,30 @@ def _forward(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, H, Tq, Tk, S, window, 
              FAR_STAGES: tl.constexpr, HAS_Q_SINK: tl.constexpr):
     """The output of BLOCK queries of one head, and the log-sum-exp of their scores."""
     bh, t = _query_block(Tq, BLOCK)
-    mask_m = t < Tq
-    t = tl.minimum(t, Tq - 1)  # queries past the end repeat the last one, and are not stored
+    t = tl.minimum(t, Tq - 1)  # those past the end repeat the last query, and store what it stores
     b = bh // H
+    queries = bh * Tq  # rows before this head's
     FAR += b * S
     K += bh * Tk * D
     V += bh * Tk * D
     sink_hi, far_lo, far_hi, near_lo, near_hi = _query_ranges(
         START + b * Tq, STOP + b * Tq, t, Tq, Tk, window, sinks, HAS_Q_SINK)
 
-    offset = bh * Tq * D + t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
-    q = tl.load(Q + offset)
-    if HAS_Q_SINK:
-        q_sink = tl.load(Q_SINK + offset)
-    else:
-        q_sink = q
+    offset = t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
     acc = tl.zeros([BLOCK, D], tl.float32)
-    m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf: a row without keys yet has m_i - m_i = 0
+    m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf, as a row without keys has m_i - m_i = 0
     l_i = tl.zeros([BLOCK], tl.float32)
-    acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q_sink, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
+    q = tl.load(Q_SINK + queries * D + offset)  # Q itself, if there is no q_sink
+    acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
                                   D, SINK_TILE, GATHER=True, STAGES=1)
+    if HAS_Q_SINK:
+        q = tl.load(Q + queries * D + offset)
     acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, far_lo, far_hi,
                                   D, TILE, GATHER=True, STAGES=FAR_STAGES)
     acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, near_lo, near_hi,
                                   D, TILE, GATHER=False, STAGES=STAGES)
-    tl.store(OUT + offset, (acc / l_i[:, None]).to(q.dtype), mask=mask_m[:, None])
-    tl.store(LSE + bh * Tq + t, m_i + tl.log2(l_i), mask=mask_m)
+    tl.store(OUT + queries * D + offset, (acc / l_i[:, None]).to(q.dtype))
+    tl.store(LSE + queries + t, m_i + tl.log2(l_i))
 
 
 # -- backward, queries: dq
@@ -371,7 +372,7 @@ def _forward(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, H, Tq, Tk, S, window, 
 @jit
 def _dq_loop(dq, q, do, lse, delta, K, V, FAR, lo, hi, D: tl.constexpr, TILE: tl.constexpr,
              GATHER: tl.constexpr, STAGES: tl.constexpr):
-    """Adds to dq of a block of queries, not scaled, what the keys [lo, hi) of each contribute."""
+    """Adds to dq (not scaled) of BLOCK queries what the keys [lo, hi) of each contribute."""
     scale: tl.constexpr = D ** -0.5 * LOG2E
     tiles = _count_tiles(lo, hi, TILE)
     for MASKED in tl.static_range(2):
@@ -400,37 +401,35 @@ def _backward_dq(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, DO, DELTA, DQ, DQ_
                  FAR_STAGES: tl.constexpr, HAS_Q_SINK: tl.constexpr):
     """dq and delta of BLOCK queries of one head, and dq_sink where there is a q_sink."""
     bh, t = _query_block(Tq, BLOCK)
-    mask_m = t < Tq
     t = tl.minimum(t, Tq - 1)
     b = bh // H
+    queries = bh * Tq  # rows before this head's
     FAR += b * S
     K += bh * Tk * D
     V += bh * Tk * D
     sink_hi, far_lo, far_hi, near_lo, near_hi = _query_ranges(
         START + b * Tq, STOP + b * Tq, t, Tq, Tk, window, sinks, HAS_Q_SINK)
 
-    offset = bh * Tq * D + t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
-    do = tl.load(DO + offset)
-    out = tl.load(OUT + offset)
+    offset = t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
+    do = tl.load(DO + queries * D + offset)
+    out = tl.load(OUT + queries * D + offset)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(DELTA + bh * Tq + t, delta, mask=mask_m)  # for dk and dv
-    lse = tl.load(LSE + bh * Tq + t)
-    q = tl.load(Q + offset)
-    if HAS_Q_SINK:
-        q_sink = tl.load(Q_SINK + offset)
-    else:
-        q_sink = q
+    tl.store(DELTA + queries + t, delta)  # for dk and dv
+    lse = tl.load(LSE + queries + t)
+    q = tl.load(Q_SINK + queries * D + offset)
     dq = tl.zeros([BLOCK, D], tl.float32)
-    dq = _dq_loop(dq, q_sink, do, lse, delta, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
+    dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
                   D, SINK_TILE, GATHER=True, STAGES=1)
     if HAS_Q_SINK:
-        tl.store(DQ_SINK + offset, (dq * D ** -0.5).to(q.dtype), mask=mask_m[:, None])
+        tl.store(DQ_SINK + queries * D + offset, (dq * D ** -0.5).to(q.dtype))
         dq = tl.zeros([BLOCK, D], tl.float32)
-    dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, far_lo, far_hi,
-                  D, TILE, GATHER=True, STAGES=FAR_STAGES)
+        q = tl.load(Q + queries * D + offset)
+    # the window before the far list: the other way around takes more registers
     dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, near_lo, near_hi,
                   D, TILE, GATHER=False, STAGES=STAGES)
-    tl.store(DQ + offset, (dq * D ** -0.5).to(q.dtype), mask=mask_m[:, None])
+    dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, far_lo, far_hi,
+                  D, TILE, GATHER=True, STAGES=FAR_STAGES)
+    tl.store(DQ + queries * D + offset, (dq * D ** -0.5).to(q.dtype))
 
 
 # -- backward, keys: dk and dv
@@ -438,7 +437,7 @@ def _backward_dq(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, DO, DELTA, DQ, DQ_
 @jit
 def _dkdv_loop(dk, dv, k, v, Q, DO, LSE, DELTA, lo, hi, split, num_splits,
                D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr):
-    """Adds to dk (not scaled) and dv of a block of keys what each one's queries [lo, hi) contribute.
+    """Adds to dk (not scaled) and dv of BLOCK keys what the queries [lo, hi) of each contribute.
 
     Of `num_splits` programs that share these queries this is number `split`.
     """
@@ -493,6 +492,8 @@ def _backward_dkdv_far(Q, Q_SINK, K, V, FAR, STOP, FIRST_QUERY, END_QUERY, LSE, 
     bh = (tl.program_id(0) % n_heads).to(tl.int64)  # sinks of all heads first: they take longest
     i = tl.program_id(0) // n_heads
     b = bh // H
+    queries = bh * Tq
+    keys = bh * Tk
     n_far = tl.load(STOP + b * Tq + Tq - 1)
     n_sinks, n_sink_blocks, n_blocks, num_splits = _far_blocks(n_far, sinks, far_programs, BLOCK)
     block = i // num_splits
@@ -513,27 +514,25 @@ def _backward_dkdv_far(Q, Q_SINK, K, V, FAR, STOP, FIRST_QUERY, END_QUERY, LSE, 
     row = tl.load(FAR + b * S + entry)
     lo = tl.load(FIRST_QUERY + b * S + entry)
     hi = tl.load(END_QUERY + b * S + entry)
-    offset = bh * Tk * D + row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
-    k = tl.load(K + offset)
-    v = tl.load(V + offset)
+    offset = row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
+    k = tl.load(K + keys * D + offset)
+    v = tl.load(V + keys * D + offset)
     dk = tl.zeros([BLOCK, D], tl.float32)
     dv = tl.zeros([BLOCK, D], tl.float32)
-    queries = bh * Tq
     dk, dv = _dkdv_loop(dk, dv, k, v, QUERIES + queries * D, DO + queries * D, LSE + queries,
                         DELTA + queries, lo, hi, split, num_splits, D, TILE, STAGES)
-    sums = (bh * far_programs + i) * BLOCK * D
-    offset = sums + tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, D)
-    tl.store(DK_FAR + offset, dk)
-    tl.store(DV_FAR + offset, dv)
+    sums = (bh * far_programs + i) * BLOCK
+    offset = tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, D)
+    tl.store(DK_FAR + sums * D + offset, dk)
+    tl.store(DV_FAR + sums * D + offset, dv)
 
 
 @jit
-def _add_splits(SUMS, num_splits, is_far, BLOCK: tl.constexpr, D: tl.constexpr,
-                FAR_BLOCK: tl.constexpr):
-    """The sums (BLOCK, D) that the programs of the far pass have written; 0 where a key is not far."""
+def _add_splits(SUMS, num_splits, is_far, BLOCK: tl.constexpr, D: tl.constexpr):
+    """The sums (BLOCK, D) that programs of the far pass have written; 0 where a key is not far."""
     total = tl.zeros([BLOCK, D], tl.float32)
     for split in range(num_splits):
-        total += tl.load(SUMS + split * FAR_BLOCK * D, mask=is_far[:, None], other=0.0)
+        total += tl.load(SUMS + split * BLOCK * D, mask=is_far[:, None], other=0.0)
     return total
 
 
@@ -541,7 +540,7 @@ def _add_splits(SUMS, num_splits, is_far, BLOCK: tl.constexpr, D: tl.constexpr,
 def _backward_dkdv_near(Q, K, V, STOP, ENTRY, LSE, DO, DELTA, DK, DV, DK_FAR, DV_FAR,
                         H, Tq, Tk, window, sinks, far_programs,
                         D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-                        STAGES: tl.constexpr, FAR_BLOCK: tl.constexpr):
+                        STAGES: tl.constexpr):
     """dk and dv of BLOCK key rows: the sums of the far pass, and what the queries near them add.
 
     ENTRY (B, Tk): the entry of far that stands at a key row, -1 if it never leaves a window.
@@ -549,32 +548,33 @@ def _backward_dkdv_near(Q, K, V, STOP, ENTRY, LSE, DO, DELTA, DK, DV, DK_FAR, DV
     n_blocks = tl.cdiv(Tk, BLOCK)
     bh = (tl.program_id(0) // n_blocks).to(tl.int64)
     b = bh // H
+    queries = bh * Tq
+    keys = bh * Tk
     row = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)
-    mask_n = row < Tk
     row = tl.minimum(row, Tk - 1)
     # dk and dv begin with the sums of the far pass
     n_far = tl.load(STOP + b * Tq + Tq - 1)
-    n_sinks, n_sink_blocks, _, num_splits = _far_blocks(n_far, sinks, far_programs, FAR_BLOCK)
+    n_sinks, n_sink_blocks, _, num_splits = _far_blocks(n_far, sinks, far_programs, BLOCK)
     entry = tl.load(ENTRY + b * Tk + row)
     is_far = entry >= 0
     # sinks fill up their last block, so far tokens begin at a block of their own
-    slot = tl.where(entry < n_sinks, entry, entry - n_sinks + n_sink_blocks * FAR_BLOCK)
-    sums = slot // FAR_BLOCK * num_splits * FAR_BLOCK + slot % FAR_BLOCK
-    offset_far = bh * far_programs * FAR_BLOCK * D + sums[:, None] * D + tl.arange(0, D)
-    dk = _add_splits(DK_FAR + offset_far, num_splits, is_far, BLOCK, D, FAR_BLOCK)
-    dv = _add_splits(DV_FAR + offset_far, num_splits, is_far, BLOCK, D, FAR_BLOCK)
+    slot = tl.where(entry < n_sinks, entry, entry - n_sinks + n_sink_blocks * BLOCK)
+    sum_row = slot // BLOCK * num_splits * BLOCK + slot % BLOCK
+    offset = sum_row[:, None] * D + tl.arange(0, D)
+    sums = bh * far_programs * BLOCK
+    dk = _add_splits(DK_FAR + sums * D + offset, num_splits, is_far, BLOCK, D)
+    dv = _add_splits(DV_FAR + sums * D + offset, num_splits, is_far, BLOCK, D)
 
-    offset = bh * Tk * D + row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
-    k = tl.load(K + offset)
-    v = tl.load(V + offset)
+    offset = row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
+    k = tl.load(K + keys * D + offset)
+    v = tl.load(V + keys * D + offset)
     t = row - (Tk - Tq)  # the query that stands at each key row; negative before the first
     lo = tl.maximum(t, 0)
     hi = tl.minimum(t + window, Tq)
-    queries = bh * Tq
     dk, dv = _dkdv_loop(dk, dv, k, v, Q + queries * D, DO + queries * D, LSE + queries,
                         DELTA + queries, lo, hi, 0, 1, D, TILE, STAGES)
-    tl.store(DK + offset, (dk * D ** -0.5).to(k.dtype), mask=mask_n[:, None])
-    tl.store(DV + offset, dv.to(v.dtype), mask=mask_n[:, None])
+    tl.store(DK + keys * D + offset, (dk * D ** -0.5).to(k.dtype))
+    tl.store(DV + keys * D + offset, dv.to(v.dtype))
 
 
 # -- sizes and launches
@@ -605,14 +605,19 @@ OTHER = {  # less shared memory, and no stage more than gains something
 }
 
 
-def _tiles(q):
+def _tiles(q, window):
     """Tile sizes for queries q (B, H, Tq, D): by the generation of the device and by D."""
     Tq, D = q.shape[2:]
     if q.dtype == torch.float32 or Tq <= 32:
         small = Tile(16, 32, max(4, D // 16), 2, 2)
         return Tiles(small, small, small)
     hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
-    return (HOPPER if hopper else OTHER)[max(D, 64)]
+    table = HOPPER if hopper else OTHER
+    tiles = table[max(D, 64)]
+    if window < 128 and tiles.forward.block == 128:
+        # the window's staircase under 128 queries would be three tiles, all masked; under 64, two
+        tiles = tiles._replace(forward=tiles.forward._replace(block=64, num_warps=4))
+    return tiles
 
 
 @library.custom_op("nanosep::attention", mutates_args=())
@@ -624,7 +629,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, far: Tensor, start: Tensor, stop
     q, k, v, far, start, stop = (x.contiguous() for x in (q, k, v, far, start, stop))
     out = torch.empty_like(q)
     lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
-    tile = _tiles(q).forward
+    tile = _tiles(q, window).forward
     with torch.cuda.device_of(q):
         _forward[(B * H * triton.cdiv(Tq, tile.block),)](
             q, q if q_sink is None else q_sink.contiguous(), k, v, far, start, stop, out, lse,
@@ -661,32 +666,32 @@ def _attention_backward(
     row = torch.where(entry < stop[:, -1:], far, Tk).long()
     entry_of_row = entry.new_full((B, Tk + 1), -1).scatter_(1, row, entry)[:, :Tk].contiguous()
 
-    tiles = _tiles(q)
-    far_tile = tiles.dkdv
-    near_tile = tiles.dkdv
-    far_programs = triton.cdiv(S, far_tile.block) + 1  # per head; sinks may need one block more
-    dk_far = torch.empty(B * H, far_programs * far_tile.block, D,
+    tiles = _tiles(q, window)
+    tile = tiles.dkdv
+    far_programs = triton.cdiv(S, tile.block) + 1  # per head; sinks may need one block more
+    dk_far = torch.empty(B * H, far_programs * tile.block, D,
                          dtype=torch.float32, device=q.device)
     dv_far = torch.empty_like(dk_far)
-    # The order of these launches is part of the algorithm: dq writes delta, which both others read,
-    # and the near pass reads the sums that the far pass has written.
     with torch.cuda.device_of(q):
+        # The order of the launches is part of the algorithm: `_backward_dq` writes delta, which the
+        # others read, and the near pass reads the sums that the far pass has written.
         tile = tiles.dq
         _backward_dq[(B * H * triton.cdiv(Tq, tile.block),)](
             q, q_sink, k, v, far, start, stop, out, lse, do, delta, dq, dq_sink,
             H, Tq, Tk, S, window, sinks,
             D=D, BLOCK=tile.block, TILE=tile.tile, STAGES=tile.stages, FAR_STAGES=tile.far_stages,
             HAS_Q_SINK=has_q_sink, num_warps=tile.num_warps, maxnreg=tile.maxnreg)
+        tile = tiles.dkdv
         _backward_dkdv_far[(B * H * far_programs,)](
             q, q_sink, k, v, far, stop, first_query, end_query, lse, do, delta, dk_far, dv_far,
             H, Tq, Tk, S, sinks, far_programs,
-            D=D, BLOCK=far_tile.block, TILE=far_tile.tile, STAGES=far_tile.stages,
-            num_warps=far_tile.num_warps, maxnreg=far_tile.maxnreg)
-        _backward_dkdv_near[(B * H * triton.cdiv(Tk, near_tile.block),)](
+            D=D, BLOCK=tile.block, TILE=tile.tile, STAGES=tile.stages,
+            num_warps=tile.num_warps, maxnreg=tile.maxnreg)
+        _backward_dkdv_near[(B * H * triton.cdiv(Tk, tile.block),)](
             q, k, v, stop, entry_of_row, lse, do, delta, dk, dv, dk_far, dv_far,
             H, Tq, Tk, window, sinks, far_programs,
-            D=D, BLOCK=near_tile.block, TILE=near_tile.tile, STAGES=near_tile.stages,
-            FAR_BLOCK=far_tile.block, num_warps=near_tile.num_warps, maxnreg=near_tile.maxnreg)
+            D=D, BLOCK=tile.block, TILE=tile.tile, STAGES=tile.stages,
+            num_warps=tile.num_warps, maxnreg=tile.maxnreg)
     return dq, dk, dv, dq_sink
 
 

@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import zipfile
 from dataclasses import asdict, dataclass
@@ -41,7 +42,7 @@ from model import GPT, GPTConfig
 from sep_cache import SepConfig, option, require
 
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DEVICE_HELP = "cpu, cuda, cuda:N or mps (Apple GPUs; untried)"
+DEVICE_HELP = "cpu, cuda, cuda:N, or mps (Apple GPUs: untried, with the preset of a CPU)"
 
 
 @dataclass
@@ -55,7 +56,7 @@ class TrainConfig:
     max_steps: int = option(1000, "length of the training")
     learning_rate: float = option(3e-3, "peak learning rate")
     weight_decay: float = option(0.1, "of AdamW, on the matrices")
-    warmup_steps: int = option(50, "steps of rising learning rate; it falls to a tenth afterwards")
+    warmup_steps: int = option(50, "steps of rising learning rate; then it falls to a tenth")
     grad_clip: float = option(1.0, "largest norm of the gradient")
     eval_every: int = option(250, "steps between validations, each of which writes the checkpoint")
     eval_batches: int = option(16, "batches per validation")
@@ -132,11 +133,16 @@ def load_checkpoint(path):
 # ---- the training
 
 
+# The first number of a batch's seed. The others: the run's seed and the step; 0 and a counter.
+TRAINING = 0
+VALIDATION = 1
+
+
 def train(cfg, model, data, device, resumed=None):
     """Train `model` to `max_steps` or to a signal; leaves ckpt.pt and log.jsonl in out_dir.
 
-    data: what `load_data` returns. resumed: the Checkpoint of the run that goes on, if it is none
-    that starts. Returns the exit code.
+    data: what `load_data` returns. resumed: the Checkpoint to continue from, None for a new run.
+    Returns the exit code.
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -193,8 +199,9 @@ def train(cfg, model, data, device, resumed=None):
         numbers["memory_gib"] = round(peak_memory(device), 3)
         log_file.write(json.dumps(numbers) + "\n")
         log_file.flush()
-        names = [name for name in numbers if name not in ("step", "lr")]
-        bar.set_postfix({name: f"{numbers[name]:,.5g}" for name in names})
+        shown = {"loss": None, "val_loss": val_loss, **numbers}
+        bar.set_postfix({name: f"{value:,.5g}" for name, value in shown.items()
+                         if name not in ("step", "lr") and value is not None})
 
     def save(path):
         """Write the checkpoint, or say why not. Returns whether it is written."""
@@ -279,9 +286,6 @@ def train(cfg, model, data, device, resumed=None):
     print(f"validation loss {val_loss:.4f} nats per token after {step} steps; sample from it with:",
           f"  python sample.py --ckpt {checkpoint_path} --stream", sep="\n", file=sys.stderr)
     return 0
-
-
-TRAINING, VALIDATION = 0, 1  # the first number of a batch's seed
 
 
 def get_lr(step, cfg):
@@ -371,9 +375,10 @@ class Parser(argparse.ArgumentParser):
                 defaults = [str(field.default)]
                 defaults += [f"{machine} preset: {preset[field.name]}"
                              for machine, preset in PRESETS.items() if field.name in preset]
+            help_text = textwrap.fill(field.metadata["help"], width=75)
             self.add_argument(f"--{field.name}", type=readers.get(field.type, field.type),
                               metavar=field.name.upper(), default=argparse.SUPPRESS,
-                              help=f"{field.metadata['help']}\n(default: {'; '.join(defaults)})")
+                              help=f"{help_text}\n(default: {'; '.join(defaults)})")
 
     def parse_args(self):
         args, unknown = self.parse_known_args()
@@ -504,6 +509,8 @@ def main():
     device = find_device(parser, options.get("device", TrainConfig.device),
                          os.environ.get("LOCAL_RANK", 0))
     if "WORLD_SIZE" in os.environ:
+        if device.type == "mps":
+            parser.error("--device mps trains in one process; start it without torchrun")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         exit_code = start(parser, options, device)

@@ -83,6 +83,11 @@ def test_what_a_checkpoint_has_settled_cannot_be_changed(full_checkpoint, data, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_batch_that_cannot_be_divided_is_a_sentence(data, tmp_path):
+    options = ("--data", data, "--out_dir", tmp_path, *TRAIN_SHORTLY, "--grad_accum_steps", 3)
+    one_sentence(run(train, *options), 1, "batch_size 4 does not divide by 1 processes x", "of 3")
+
+
 def test_hostile_meta_is_a_sentence(tmp_path):
     good = dict(vocab_size=256, dtype="uint8", separators=[46])
     for part in ("train.bin", "val.bin"):
@@ -166,7 +171,7 @@ def test_damaged_checkpoint_is_a_sentence(full_checkpoint, data, tmp_path, monke
         one_sentence(result, 1, "damaged or not a checkpoint")
     assert not (tmp_path / "bomb-has-exploded").exists()
     one_sentence(run(sample, "--ckpt", tmp_path / "none.pt"), 1, "there is no checkpoint")
-    one_sentence(run(sample, "--ckpt", tmp_path), 1, "there is no checkpoint")
+    one_sentence(run(sample, "--ckpt", tmp_path), 1, "there is no", "config.json")
 
 
 def test_foreign_checkpoints_and_bombs_inside_one_are_sentences(

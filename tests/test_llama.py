@@ -15,6 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="pip install -r requirements-pretrained.txt")
 import llama  # noqa: E402
+import sample  # noqa: E402
+from conftest import run  # noqa: E402
 from sep_cache import SepCache, is_kept, sees  # noqa: E402
 
 EXPECTED_FILE = Path(__file__).with_name("llama_expected.json")
@@ -493,6 +495,57 @@ def test_greedy_generation_equals_greedy_full_forwards(seed, tmp_path):
         with torch.no_grad():
             ids = torch.cat([ids, model(ids)[0][:, -1:].argmax(-1)], dim=1)
     assert torch.equal(ids[:, 12:], generated)
+
+
+def test_a_folder_samples_streams_and_scores(tmp_path, tokenizer_file, monkeypatch):
+    """What `hf download` leaves is what `sample.py --ckpt` takes."""
+    save_with_tokenizer(tmp_path, tokenizer_file)
+    options = ("--ckpt", tmp_path, "--window", 8, "--max_seps", 4, "--device", "cpu")
+    code, out, err = run(sample, *options, "--prompt", "It is", "--max_new_tokens", 30,
+                         "--num_samples", 2)
+    assert code == 0 and out.startswith("It is") and out.count("---") == 2, err
+    code, out, err = run(sample, *options, "--stream", "--max_new_tokens", 100)
+    assert code == 0 and "100 tokens in" in err and "<|" not in out, err
+    (tmp_path / "text.txt").write_text(TEXT)
+    for attn in ("full", "streamingllm", "fixed", "sep"):
+        code, out, err = run(sample, *options, "--attn", attn, "--score", tmp_path / "text.txt")
+        assert code == 0 and "| all" in out and "keys used" in err, err
+    code, _, err = run(sample, *options, "--window", 0)
+    assert code == 2 and "window is 0" in err
+    code, _, err = run(sample, "--ckpt", tmp_path / "text.txt")
+    assert code == 1 and "damaged or not a checkpoint" in err
+
+
+def test_separators_can_be_other_characters(tmp_path, tokenizer_file, monkeypatch):
+    save_with_tokenizer(tmp_path, tokenizer_file)
+    configs = []
+    score = sample.score
+    monkeypatch.setattr(sample, "score",
+                        lambda model, *args: configs.append(model.config) or score(model, *args))
+    (tmp_path / "text.txt").write_text(TEXT)
+    for characters in (".", ".,"):
+        code, _, err = run(sample, "--ckpt", tmp_path, "--score", tmp_path / "text.txt",
+                           "--separators", characters, "--device", "cpu")
+        assert code == 0, err
+    tokenizer = llama.load_tokenizer(tmp_path)
+    assert [c.separators for c in configs] == [tokenizer.separators("."), tokenizer.separators(".,")]
+
+
+def test_an_end_of_text_token_ends_a_sample_and_not_a_stream(tmp_path, tokenizer_file, monkeypatch):
+    save_with_tokenizer(tmp_path, tokenizer_file)
+    end = 1
+    letter = llama.load_tokenizer(tmp_path).encode("a")[-1]
+
+    def generate(self, ids, max_new_tokens, *rest):
+        for i in range(min(max_new_tokens, 50)):
+            yield torch.tensor([end if i in (3, 7) else letter] * len(ids))
+
+    monkeypatch.setattr(llama.Llama, "generate", generate)
+    settings = tmp_path / "config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token_id": end}))
+    options = ("--ckpt", tmp_path, "--device", "cpu", "--max_new_tokens", 20, "--prompt", "b")
+    assert run(sample, *options)[1] == "baaa\n---\n"
+    assert run(sample, *options, "--stream")[1].strip() == "a" * 18
 
 
 def write_expected():

@@ -23,15 +23,19 @@ def definition_masks(ids, config):
 
 def random_case(tiny):
     """A sparse configuration and a batch of texts, shorter and longer than block_size."""
-    config = tiny(attn=random.choice(["streamingllm", "fixed", "sep"]), window=random.choice([1, 2, 5, 17, 60]),
-                  sinks=random.choice([0, 1, 3, 60]), max_seps=random.choice([0, 1, 4, None]),
-                  block_size=random.choice([1, 6, 20, 100]), fixed_every=random.choice([1, 3, 8]),
-                  separators=random.choice([(), (1,), (1, 2, 3), tuple(range(12))]))
+    config = tiny(
+        attn=random.choice(["streamingllm", "fixed", "sep"]),
+        window=random.choice([1, 2, 5, 17, 60]),
+        sinks=random.choice([0, 1, 3, 60]),
+        max_seps=random.choice([0, 1, 4, None]),
+        block_size=random.choice([1, 6, 20, 100]),
+        fixed_every=random.choice([1, 3, 8]),
+        separators=random.choice([(), (1,), (1, 2, 3), tuple(range(12))]))
     return config, torch.randint(12, (random.randint(1, 3), random.randint(1, 50)))
 
 
 def test_the_definition_and_the_list_are_the_worked_example(tiny):
-    """`a,b.cd` in the docstrings of sep_cache.py, with 1 for a separator and 5 for any other token."""
+    """`a,b.cd` in the docstrings of sep_cache.py: 1 for a separator and 5 for any other token."""
     config = tiny(attn="sep", window=2, sinks=1, max_seps=None, block_size=4, separators=(1,))
     ids = [5, 1, 5, 1, 5, 5]
     rows = ["x.....", "xx....", "xxx...", "xxxx..", "xx.xx.", "x..xxx"]
@@ -48,9 +52,10 @@ def test_ranges_are_the_definition(seed, tiny):
         config, ids = random_case(tiny)
         B, T = ids.shape
         q, k = torch.randn(2, B, 1, T, 8, dtype=torch.float64)
-        # with the identity for values, the output is the attention: positive exactly where a key is seen
+        # with the identity for values, the output is the attention: positive where a key is seen
         identity = torch.eye(T, dtype=q.dtype).expand(B, 1, T, T)
-        attention = sep_attention(q, k, identity, far_layout(ids, config), config.window, config.sinks, impl="torch")
+        layout = far_layout(ids, config)
+        attention = sep_attention(q, k, identity, layout, config.window, config.sinks, impl="torch")
         assert torch.equal(attention[:, 0] > 0, definition_masks(ids, config)), config
 
 
@@ -65,7 +70,8 @@ def test_sinks_beyond_the_window_are_scored_with_q_sink(seed, tiny):
         is_far_sink = (j < config.sinks) & (i - j >= config.window)
         scores = torch.where(is_far_sink, q_sink @ k.mT, q @ k.mT) / 8 ** 0.5
         mask = definition_masks(ids, config)[:, None]
-        assert torch.allclose(out, scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v, atol=1e-12)
+        expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+        assert torch.allclose(out, expected, atol=1e-12)
 
 
 def test_layout_has_static_shapes_and_never_decreases(seed, tiny):
