@@ -1,10 +1,12 @@
-"""The arithmetic behind the results: costs, losses of many tokens, attention by kind of key, distances between mentions.
+"""The arithmetic behind the results: costs, losses of many tokens, attention by kind of key,
+distances between mentions.
 
-Nothing here trains, prints or draws. `results.py` asks the questions, `figures.py` draws the answers.
+Nothing here trains, prints or draws. `results.py` asks the questions, `figures.py` draws the
+answers.
 """
+
 import re
 import time
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +35,8 @@ def keys_seen(ids, config):
 
 
 def flops_per_token(model, mean_keys):
-    """Of training: 6 per parameter, and 12 per channel, layer and visible key (forward and backward, q k and p v)."""
+    """Of training: 6 per parameter, and 12 per channel, layer and visible key (forward and
+    backward, q k and p v)."""
     n_parameters = sum(weight.numel() for weight in model.parameters())
     return 6 * n_parameters + 12 * model.config.n_layer * model.config.n_embd * mean_keys
 
@@ -41,11 +44,18 @@ def flops_per_token(model, mean_keys):
 # ---- losses
 
 
-def blocks_of(tokens, block_size, n_blocks):
-    """Up to n_blocks stretches of block_size + 1 tokens, evenly spaced over the text: (N, block_size + 1) int64."""
+def blocks_of(tokens, block_size, n_blocks, record=1):
+    """Up to n_blocks stretches of block_size + 1 tokens, evenly spaced over the text: (N,
+    block_size + 1) int64.
+
+    record: they begin at multiples of this many tokens.
+    """
     n_blocks = min(n_blocks, (len(tokens) - 1) // block_size)
-    starts = np.linspace(0, len(tokens) - block_size - 1, n_blocks).astype(np.int64)
-    return torch.from_numpy(np.stack([tokens[s:s + block_size + 1] for s in starts]).astype(np.int64))
+    last_start = (len(tokens) - block_size - 1) // record
+    starts = np.linspace(0, last_start, n_blocks).astype(np.int64) * record
+    return torch.from_numpy(
+        np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int64)
+    )
 
 
 @torch.inference_mode()
@@ -61,10 +71,11 @@ def block_nats(model, tokens, n_blocks, block_size=None):
 
 class Stream(NamedTuple):
     """A text read as one stream: what `stream_nats` returns."""
-    nats: np.ndarray     # (n,) float32, loss of each token but the first
+
+    nats: np.ndarray  # (n,) float32, loss of each token but the first
     seconds: np.ndarray  # of each chunk
-    rows: float          # keys that the last token sees
-    mib: float           # of the cache at the end
+    rows: float  # keys that the last token sees
+    mib: float  # of the cache at the end
 
 
 @torch.inference_mode()
@@ -74,11 +85,11 @@ def stream_nats(model, tokens, chunk_size):
     nats, seconds = [], []
     for first in range(0, len(tokens) - 1, chunk_size):
         start = time.perf_counter()
-        ids = torch.from_numpy(tokens[first:first + chunk_size + 1].astype(np.int64))
+        ids = torch.from_numpy(tokens[first : first + chunk_size + 1].astype(np.int64))
         logits, _ = model(ids[None, :-1], cache=cache)
         nats.append(F.cross_entropy(logits[0], ids[1:], reduction="none").numpy())
         seconds.append(time.perf_counter() - start)
-    return Stream(np.concatenate(nats), np.array(seconds), cache.n_rows, cache.nbytes / 2 ** 20)
+    return Stream(np.concatenate(nats), np.array(seconds), cache.n_rows, cache.nbytes / 2**20)
 
 
 # ---- a forward pass whose attention can be looked at, and changed
@@ -86,7 +97,8 @@ def stream_nats(model, tokens, chunk_size):
 
 @torch.inference_mode()
 def open_forward(model, ids, attention):
-    """Logits (B, T, V) of ids (B, T), with `attention(layer_idx, q, k, v)` instead of the model's own.
+    """Logits (B, T, V) of ids (B, T), with `attention(layer_idx, q, k, v)` instead of the model's
+    own.
 
     q, k, v and the result: (B, H, T, D); q and k are normalised, and not yet rotated.
     """
@@ -105,12 +117,12 @@ def open_forward(model, ids, attention):
 def probabilities(q, k, hidden=None):
     """Causal attention at the text's positions: q, k (B, H, T, D) -> (B, H, T, T).
 
-    hidden: bool, broadcast to (B, H, T, T); True where a query must not see a key. A query that would see nothing
-    keeps itself.
+    hidden: bool, broadcast to (B, H, T, T); True where a query must not see a key. A query that
+    would see nothing keeps itself.
     """
     T, D = q.shape[2:]
     cos_sin = rope_cos_sin(torch.arange(T), rope_frequencies(D, ROPE_BASE, q.device), q.dtype)
-    scores = apply_rope(q, cos_sin) @ apply_rope(k, cos_sin).mT * D ** -0.5
+    scores = apply_rope(q, cos_sin) @ apply_rope(k, cos_sin).mT * D**-0.5
     visible = torch.ones(T, T, dtype=torch.bool).tril()
     if hidden is not None:
         visible = visible & ~(hidden & ~torch.eye(T, dtype=torch.bool))
@@ -133,8 +145,8 @@ def attention_maps(model, ids):
 def changed_loss(model, ids, hidden_keys=None, silent_heads=(), answers=()):
     """Mean loss of ids (B, T + 1) when heads lose keys: a number.
 
-    hidden_keys: {(layer, head): bool, broadcast to (B, T, T)}. silent_heads: (layer, head) that output zero. answers: the
-    tokens that the loss is taken on, () for all.
+    hidden_keys: {(layer, head): bool, broadcast to (B, T, T)}. silent_heads: (layer, head) that
+    output zero. answers: the tokens that the loss is taken on, () for all.
     """
     hidden_keys = hidden_keys or {}
     B, T = ids[:, 1:].shape
@@ -166,9 +178,9 @@ def changed_loss(model, ids, hidden_keys=None, silent_heads=(), answers=()):
 def lift(p, far, kind):
     """How much more attention keys of one kind receive than their number: (H,).
 
-    p (B, H, T, T) attention; far (T, T) bool: the pairs (query, key) that are looked at; kind (B, T) bool: which keys.
-    The share of p on far pairs that goes to keys of the kind, over the share of the kind among the keys of far pairs:
-    1 if attention does not care about the kind.
+    p (B, H, T, T) attention; far (T, T) bool: the pairs (query, key) that are looked at; kind (B,
+    T) bool: which keys. The share of p on far pairs that goes to keys of the kind, over the share
+    of the kind among the keys of far pairs: 1 if attention does not care about the kind.
     """
     far_kind = far & kind[:, None]  # (B, T, T)
     mass = (p * far).sum((0, 2, 3))  # (H,)
@@ -191,12 +203,13 @@ FAR_RULES = ("text", "dropped", "clamped", "renumbered")
 
 
 def rule_nats(model, tokens, rule, chunk_size=256):
-    """The loss of each token of one text, (n,) float32, with far separators at other positions than in the text.
+    """The loss of each token of one text, (n,) float32, with far separators at other positions
+    than in the text.
 
-    text: where they are. dropped: where they are, and none at a distance of block_size or more; what the model does.
-    clamped: at a distance of at most block_size - 1. renumbered: all visible keys are counted through, 0, 1, 2, ..., as
-    the paper's streaming does in its cache. Except when renumbered, sinks are scored by a query at
-    min(position, block_size - 1), as in the model.
+    text: where they are. dropped: where they are, and none at a distance of block_size or more;
+    what the model does. clamped: at a distance of at most block_size - 1. renumbered: all visible
+    keys are counted through, 0, 1, 2, ..., as the paper's streaming does in its cache. Except when
+    renumbered, sinks are scored by a query at min(position, block_size - 1), as in the model.
     """
     config = model.config
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
@@ -209,10 +222,12 @@ def rule_nats(model, tokens, rule, chunk_size=256):
         for first in range(0, T, chunk_size):
             part = slice(first, min(first + chunk_size, T))
             keys = k[0][:, rows[part]]  # (H, t, M, D)
-            cos, sin = rope_cos_sin(-distance[part].flatten(), frequencies, k.dtype)  # the query stands at 0
+            cos, sin = rope_cos_sin(
+                -distance[part].flatten(), frequencies, k.dtype
+            )  # the query stands at 0
             shape = (*rows[part].shape, -1)
             keys = apply_rope(keys, (cos.view(shape), sin.view(shape)))
-            scores = (keys @ q[0, :, part, :, None])[..., 0] * config.head_dim ** -0.5  # (H, t, M)
+            scores = (keys @ q[0, :, part, :, None])[..., 0] * config.head_dim**-0.5  # (H, t, M)
             p = scores.masked_fill(~visible[part], -torch.inf).softmax(-1)
             y[0, :, part] = (p[:, :, None] @ v[0][:, rows[part]])[:, :, 0]
         return y
@@ -224,13 +239,16 @@ def rule_nats(model, tokens, rule, chunk_size=256):
 def visible_keys(ids, config, rule):
     """What each query of one text sees, oldest first: rows, distance, visible, each (T, M).
 
-    ids (1, T). `distance`: at which the key is scored. Only the entries where `visible` holds count.
+    ids (1, T). `distance`: at which the key is scored. Only the entries where `visible` holds
+    count.
     """
     T = ids.shape[1]
     position = torch.arange(T)
     kept = is_kept(ids, position, config)[0]
     separators = [j for j in range(config.sinks, T) if kept[j]]
-    n_left = torch.searchsorted(torch.tensor(separators), position - config.window, right=True)  # left the window
+    n_left = torch.searchsorted(
+        torch.tensor(separators), position - config.window, right=True
+    )  # left the window
     n_seps = config.max_seps if config.max_seps is not None else int(n_left.max())
     M = config.sinks + n_seps + config.window
     rows = torch.zeros(T, M, dtype=torch.int64)
@@ -238,12 +256,12 @@ def visible_keys(ids, config, rule):
     for i in range(T):
         near = list(range(max(i - config.window + 1, 0), i + 1))
         sinks = list(range(min(config.sinks, near[0])))
-        far = separators[max(int(n_left[i]) - n_seps, 0):int(n_left[i])]
+        far = separators[max(int(n_left[i]) - n_seps, 0) : int(n_left[i])]
         if rule == "dropped":
             far = [j for j in far if i - j < config.block_size]
         seen = sinks + far + near
-        rows[i, :len(seen)] = torch.tensor(seen)
-        visible[i, :len(seen)] = True
+        rows[i, : len(seen)] = torch.tensor(seen)
+        visible[i, : len(seen)] = True
     if rule == "renumbered":
         distance = visible.sum(1, keepdim=True) - 1 - torch.arange(M)
     else:
@@ -260,10 +278,12 @@ def visible_keys(ids, config, rule):
 
 
 def mention_distances(text, least_length=4, names_only=False):
-    """How far back the last mention of a token's word lies, for each byte of `text` (bytes): (n,) int64.
+    """How far back the last mention of a token's word lies, for each byte of `text` (bytes): (n,)
+    int64.
 
-    Counts the bytes of a word after its first two, which leave little doubt which word it is. 0: the first mention;
-    -1: not counted. names_only: words that begin with a capital and never stand in the text without it.
+    Counts the bytes of a word after its first two, which leave little doubt which word it is. 0:
+    the first mention; -1: not counted. names_only: words that begin with a capital and never stand
+    in the text without it.
     """
     words = list(re.finditer(rb"[A-Za-z]+", text))
     written = {word.group() for word in words}
@@ -275,15 +295,25 @@ def mention_distances(text, least_length=4, names_only=False):
             continue
         is_name = name[:1].isupper() and name[1:].islower() and name.lower() not in written
         if is_name or not names_only:
-            distances[word.start() + 2:word.end()] = word.start() - last.get(name, word.start())
+            distances[word.start() + 2 : word.end()] = word.start() - last.get(name, word.start())
         last[name] = word.start()
     return distances
 
 
-def rare_words(text, at_most):
-    """The words (bytes) that occur in a text at most so many times."""
-    counts = Counter(re.findall(rb"[A-Za-z]+", text))
-    return {word for word, count in counts.items() if count <= at_most}
+def fact_distances(ids, answers):
+    """From each value to the value of the same key's last mention: ids (N, T) -> (N, T).
+
+    The ledger of `data/prepare.py --source recall`: a value stands after its key. 0: no mention.
+    """
+    is_value = torch.isin(ids, torch.tensor(answers))
+    distance = torch.zeros_like(ids)
+    for n, text in enumerate(ids.tolist()):
+        last = {}  # where the last value of a key stands
+        for t in is_value[n].nonzero()[:, 0].tolist():
+            key = text[t - 1]
+            distance[n, t] = t - last.get(key, t)
+            last[key] = t
+    return distance
 
 
 # ---- small statistics
