@@ -73,7 +73,7 @@ class Stream(NamedTuple):
     """A text read as one stream: what `stream_nats` returns."""
 
     nats: np.ndarray  # (n,) float32, loss of each token but the first
-    seconds: np.ndarray  # of each chunk
+    seconds: np.ndarray  # of each chunk, CPU time
     rows: float  # keys that the last token sees
     mib: float  # of the cache at the end
 
@@ -84,11 +84,11 @@ def stream_nats(model, tokens, chunk_size):
     cache = SepCache(model.config)
     nats, seconds = [], []
     for first in range(0, len(tokens) - 1, chunk_size):
-        start = time.perf_counter()
+        start = time.process_time()
         ids = torch.from_numpy(tokens[first : first + chunk_size + 1].astype(np.int64))
         logits, _ = model(ids[None, :-1], cache=cache)
         nats.append(F.cross_entropy(logits[0], ids[1:], reduction="none").numpy())
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return Stream(np.concatenate(nats), np.array(seconds), cache.n_rows, cache.nbytes / 2**20)
 
 
@@ -142,23 +142,22 @@ def attention_maps(model, ids):
     return torch.stack(maps)
 
 
-def changed_loss(model, ids, hidden_keys=None, silent_heads=(), answers=()):
-    """Mean loss of ids (B, T + 1) when heads lose keys: a number.
+def changed_nats(model, ids, hidden_keys=None, silent_heads=()):
+    """The loss of each token of ids (B, T + 1) when heads lose keys: (B, T).
 
     hidden_keys: {(layer, head): bool, broadcast to (B, T, T)}. silent_heads: (layer, head) that
-    output zero. answers: the tokens that the loss is taken on, () for all.
+    output zero.
     """
     hidden_keys = hidden_keys or {}
     B, T = ids[:, 1:].shape
-    H = model.config.n_head
 
     def attention(layer_idx, q, k, v):
+        here = {head: pairs for (layer, head), pairs in hidden_keys.items() if layer == layer_idx}
         hidden = None
-        if any(layer == layer_idx for layer, _ in hidden_keys):
-            hidden = torch.zeros(B, H, T, T, dtype=torch.bool)
-            for (layer, head), mask in hidden_keys.items():
-                if layer == layer_idx:
-                    hidden[:, head] = mask
+        if here:
+            hidden = torch.zeros(B, model.config.n_head, T, T, dtype=torch.bool)
+            for head, pairs in here.items():
+                hidden[:, head] = pairs
         y = probabilities(q, k, hidden) @ v
         for layer, head in silent_heads:
             if layer == layer_idx:
@@ -166,10 +165,7 @@ def changed_loss(model, ids, hidden_keys=None, silent_heads=(), answers=()):
         return y
 
     logits = open_forward(model, ids[:, :-1], attention)
-    targets = ids[:, 1:].flatten()
-    if len(answers) > 0:
-        targets = targets.where(torch.isin(targets, torch.tensor(answers)), -1)
-    return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1).item()
+    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
 
 
 # ---- attention by kind of key

@@ -32,7 +32,7 @@ from experiments.measures import (
     FAR_RULES,
     attention_maps,
     blocks_of,
-    changed_loss,
+    changed_nats,
     fact_distances,
     far_pairs,
     flops_per_token,
@@ -124,6 +124,8 @@ def lifts(lab):
         lift_through_training(lab, run, blocks, is_separator)
         found = lift_at_the_end(lab, run, model, blocks, is_separator, meta["answers"])
         figures.lift_by_head(found["lift_8"], run.data)
+        if run.data != "recall":
+            strongest_head(lab, run, model, blocks, found["lift_8"])
         if run.data == "docs":
             draw_heat_map(model, found["lift_8"], val)
 
@@ -204,8 +206,13 @@ def losses_without(model, blocks, is_separator, answers):
     hidden = dict(separators=far & is_separator[:, None], others=far & is_other[:, None],
                   sinks=far_pairs(T, 8) & is_sink)
 
+    targets = blocks[:, 1:]
+    counts = torch.ones_like(targets, dtype=torch.bool)
+    if answers:
+        counts = torch.isin(targets, torch.tensor(answers))
+
     def loss(**changes):
-        return changed_loss(model, blocks, answers=answers, **changes)
+        return changed_nats(model, blocks, **changes)[counts].mean().item()
 
     shape = (model.config.n_layer, model.config.n_head)
     base = loss()
@@ -219,6 +226,39 @@ def losses_without(model, blocks, is_separator, answers):
         in_all_heads = dict.fromkeys(np.ndindex(shape), pairs)
         found[f"all_{kind}"] = loss(hidden_keys=in_all_heads) - base
     return found
+
+
+def strongest_head(lab, run, model, blocks, lift_by_head):
+    """What the head with the highest lift reads, and which predictions need it."""
+    at = tuple(int(i) for i in np.unravel_index(lift_by_head.argmax(), lift_by_head.shape))
+    ids = blocks[:, :-1]
+    targets = blocks[:, 1:]
+    is_break = ids == ord("\n")
+    is_separator = torch.isin(ids, torch.tensor(model.config.separators))
+    kinds = {"line breaks": is_break, "other separators": is_separator & ~is_break,
+             "spaces": ids == ord(" ")}
+    far = far_pairs(ids.shape[1], 8, model.config.sinks)
+
+    def compute():
+        p = attention_maps(model, ids)[at[0]]
+        trained = changed_nats(model, blocks)
+        found = {}
+        for kind, is_kind in kinds.items():
+            gain = changed_nats(model, blocks, {at: far & is_kind[:, None]}) - trained
+            is_space, is_line_break = targets == ord(" "), targets == ord("\n")
+            found[kind] = [is_kind.double().mean(), lift(p, far, is_kind)[at[1]], gain.mean(),
+                           gain[is_line_break].mean(), gain[is_space].mean(),
+                           gain[~is_space & ~is_line_break].mean()]
+        return found
+
+    found = lab.remember(f"{run.name}-strongest-head", compute)
+    rows = []
+    for kind in kinds:
+        share, lift_of_kind, *gains = found[kind]
+        rows.append([kind, f"{share:.1%}", f"{lift_of_kind:.2f}", *(f"{x:+.4f}" for x in gains)])
+    table(f"head-{run.data}",
+          [f"keys of head {at[0] + 1}.{at[1] + 1}", "share of all tokens", "lift beyond 8",
+           "loss when hidden", "on line breaks", "on spaces", "on all else"], rows)
 
 
 SENTENCE = "Return the sum, rounded.\nIf empty, return 0. See also: mean.\n"
@@ -505,7 +545,7 @@ def long(lab):
     rows.append(["MiB of the cache, from the first token on", *(f"{f['mib']:.3f}" for f in found)])
     for name, chunks in (("first", slice(5, 505)), ("last", slice(-505, -5))):
         times = [np.median(f["seconds"][chunks]) / 512 * 1e6 for f in found]
-        rows.append([f"µs per token, {name} 256,000 (median)", *(f"{t:.0f}" for t in times)])
+        rows.append([f"CPU µs per token, {name} 256,000 (median)", *(f"{t:.0f}" for t in times)])
     table("long", ["", *(run.mode for run in runs)], rows)
     nats = {run.mode: f["nats"] for run, f in zip(runs, found, strict=True)}
     figures.perplexity_by_position(nats)
