@@ -288,9 +288,9 @@ def scratch(lab):
         last, mean = costs(model, val)
         tflop = flops_per_token(model, mean) * 1000 * BYTES_PER_STEP / 1e12
         full = [docs_run("full", run.seed) for run in group]
-        gains = [lab.block_nats(run).mean() - lab.block_nats(other).mean()
+        gains = [lab.val_loss(run) - lab.val_loss(other)
                  for run, other in zip(group, full, strict=True) if other in finished]
-        rows.append([mode, len(group), over_seeds([lab.block_nats(run).mean() for run in group]),
+        rows.append([mode, len(group), over_seeds([lab.val_loss(run) for run in group]),
                      over_seeds(gains, "+.4f") if gains else "", f"{last:.0f}", f"{last / T:.1%}",
                      f"{mean / ((T + 1) / 2):.1%}", f"{tflop:.1f}"])
     table("scratch", ["attn", "seeds", "validation loss", "less full of the same seed",
@@ -359,7 +359,7 @@ def books(lab):
         T = model.config.block_size
         last, mean = costs(model, val)
         flops = flops_per_token(model, mean) * BYTES_PER_STEP  # of a step
-        losses = [lab.block_nats(run).mean() for run in group]
+        losses = [lab.val_loss(run) for run in group]
         rows.append([mode, len(group), over_seeds(losses), f"{last:.0f}", f"{last / T:.1%}",
                      f"{mean / ((T + 1) / 2):.1%}", f"{flops * 700 / 1e12:.1f}"])
         history = lab.val_losses(group[0])
@@ -369,8 +369,8 @@ def books(lab):
         by_kv.setdefault(mode.split(",")[0], []).append((last / T, np.mean(losses)))
     table("books", ["attn", "seeds", "validation loss", "keys at the end", "KV kept",
                     "pairs computed", "TFLOP"], rows)
-    shown = [mode for mode in by_compute if "window" not in mode or mode.endswith(" 64")]
-    figures.loss_by_compute({mode: by_compute[mode] for mode in shown})
+    shown = ["full", "fixed, window 64", "streamingllm, window 128", "sep, window 64"]
+    figures.loss_by_compute({mode: by_compute[mode] for mode in shown if mode in by_compute})
     books_by_position(lab, [run for run in finished if run.seed == 0])
     training_free(lab, by_kv)
 
@@ -418,8 +418,6 @@ def post(lab):
         return
     histories = [lab.val_losses(run) for run in finished]
     rows = [[step, *(f"{history[step]:.4f}" for history in histories)] for step in histories[0]]
-    rows.append(["at the end, on 262,144 bytes",
-                 *(f"{lab.block_nats(run).mean():.4f}" for run in finished)])
     table("post", ["step", *(run.mode.removeprefix("post_") for run in finished)], rows)
 
 
@@ -510,16 +508,27 @@ def words(sep, window, text, ours, theirs):
 
 
 def more_separators(lab):
-    """The same models with fewer and with more visible separators than in training."""
-    counts = (0, 4, 8, 16, 32, 64, None)
-    columns = {}
-    for run in (docs_run("sep"), books_run("sep", 16), books_run("sep", 64)):
-        if lab.finished([run]):
-            _, val, _ = load_data(run.data)
-            nats = [lab.stream(run, val, "val", max_seps=n)["nats"].mean() for n in counts]
-            columns[f"{run.data}: {run.mode}"] = [f"{np.exp(x):.4f}" for x in nats]
-    rows = zip(counts, *columns.values(), strict=True)
-    table("max_seps", ["max_seps", *columns], list(rows))
+    """The same model with fewer and with more visible separators than in training."""
+    run = docs_run("sep")
+    if not lab.finished([run]):
+        return
+    _, val, _ = load_data(run.data)
+    rows = []
+    for n in (0, 4, 8, 16, 32, 64, None):
+        nats = lab.stream(run, val, "val", max_seps=n)["nats"]
+        rows.append([n, f"{np.exp(nats.mean()):.4f}"])
+    table("max_seps", ["max_seps", f"{run.data}: {run.mode}"], rows)
+    nearer_horizons(lab, run, val[:131_073])
+
+
+def nearer_horizons(lab, run, tokens):
+    """A horizon below the trained one: the distances that training has shown often."""
+    rows = []
+    for horizon in (64, 96, 128, 192, 256):
+        found = [lab.stream(run, tokens, "131k", max_seps=n, block_size=horizon)
+                 for n in (4, 16, None)]
+        rows.append([horizon, *(f"{np.exp(f['nats'].mean()):.4f}" for f in found)])
+    table("horizons", ["horizon", "max_seps 4", "16", "None"], rows)
 
 
 def long(lab):
@@ -528,11 +537,8 @@ def long(lab):
         print("results.py: the long stream needs --unseen FILE", file=sys.stderr)
         return
     tokens = np.memmap(lab.unseen, dtype=np.uint8, mode="r")[:4_000_001]
-    for window in (64, 16):
-        runs = lab.finished([books_run("sep", window), books_run("streamingllm", 2 * window)])
-        if len(runs) == 2:
-            break
-    else:
+    runs = lab.finished([books_run("sep", 16), books_run("streamingllm", 32)])
+    if len(runs) < 2:
         return
     found = [lab.stream(run, tokens, "unseen", chunk_size=512) for run in runs]
     n = len(tokens) - 1
@@ -567,7 +573,7 @@ def spaces(lab):
     for run in lab.finished([base, with_spaces, books_run("streamingllm", 32)]):
         _, val, _ = load_data(run.data)
         last, _ = costs(lab.model(run), val)
-        rows.append([f"{run.data}: {run.mode}", f"{last:.0f}", f"{lab.block_nats(run).mean():.4f}"])
+        rows.append([f"{run.data}: {run.mode}", f"{last:.0f}", f"{lab.val_loss(run):.4f}"])
     table("spaces", ["run", "keys at the end", "validation loss"], rows)
 
 

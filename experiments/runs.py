@@ -144,6 +144,11 @@ class Lab:
         """{step: validation loss}, from the log."""
         return val_losses(self.out_dir / run.name / "log.jsonl")
 
+    def val_loss(self, run):
+        """At the end: on the same 65,536 validation bytes for all runs of the same data."""
+        losses = self.val_losses(run)
+        return losses[max(losses)]
+
     # ---- what was measured with it
 
     def remember(self, name, compute):
@@ -155,14 +160,14 @@ class Lab:
         return dict(np.load(path))
 
     def block_nats(self, run, **changes):
-        """The loss of 262,144 validation bytes of its data, in texts of block_size: (N, T)."""
+        """The loss of 65,536 validation bytes, spread over the text in texts of block_size."""
 
         def compute():
             model = self.model(run, **changes)
             _, val, _ = load_data(run.data)
-            return dict(nats=block_nats(model, val, 262_144 // model.config.block_size))
+            return dict(nats=block_nats(model, val, 65_536 // model.config.block_size))
 
-        return self.remember(describe(run, changes) + "-blocks", compute)["nats"]
+        return self.remember(describe(run, changes) + "-blocks64k", compute)["nats"]
 
     def stream(self, run, tokens, label, chunk_size=1024, **changes):
         """`stream_nats` of tokens, a text that is called `label`, as a dict."""
