@@ -3,13 +3,12 @@
 The one idea: a separator cache asks little of a transformer. In each layer, `cache.update` and
 `attend` stand in place of plain attention, and that is all; so a checkpoint that was trained with
 full attention runs as it is. The file has three parts: the transformer (that of `model.py`, with
-gains, SwiGLU and grouped queries), reading a folder, and text. A folder is what
-`hf download MODEL --local-dir FOLDER` leaves: config.json, *.safetensors and tokenizer.json of
-Llama, SmolLM2, TinyLlama, Mistral, Qwen2, Qwen2.5 or Qwen3. No pickle is opened, and no code of
+gains, SwiGLU and grouped queries), reading a folder, and text. No pickle is opened, and no code of
 the checkpoint runs. Read last.
 """
 import codecs
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -22,19 +21,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import apply_rope, generate, rotations
+from model import apply_rope, forward_cos_sin, generate, signed_frequencies
 from sep_cache import SepConfig, far_layout, require
 from sep_kernel import attend
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SEPARATORS = ".,?!;:\n\r\t"  # the characters that make a token a separator
 # keys of config.json that change what is computed, with the one value that is supported
-REQUIRED_SETTINGS = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "quantization_config": None,
-}
+REQUIRED_SETTINGS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+                     "quantization_config": None, "partial_rotary_factor": 1.0}
 
 
 @dataclass(kw_only=True)
@@ -153,7 +148,7 @@ class Llama(nn.Module):
 
         x = self.embed(ids)  # (B, T, C)
         frequencies = rope_frequencies(config.inv_freq, ids.device)
-        cos_sin, sink_cos_sin = rotations(positions, frequencies, x.dtype, config, cache)
+        cos_sin, sink_cos_sin = forward_cos_sin(positions, frequencies, x.dtype, config, cache)
         for block in self.layers:
             x = block(x, layout, cos_sin, sink_cos_sin, cache)
         head = self.embed if config.tied else self.lm_head
@@ -163,24 +158,15 @@ class Llama(nn.Module):
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
 
-    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, cache=None):
-        """`model.generate` with this model."""
-        return generate(self, ids, max_new_tokens, temperature, top_k, cache)
-
-
-_rope_frequencies = {}
+    generate = generate  # that of `model.py`, as a method
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def rope_frequencies(inv_freq, device):
     """Angle per position of each channel, (D,) float64, in the form of `model.rope_frequencies`."""
-    key = inv_freq, device
-    if key not in _rope_frequencies:
-        frequencies = torch.tensor(inv_freq, dtype=torch.float64)  # (D / 2,)
-        frequencies = torch.cat([-frequencies, frequencies])
-        has_float64 = device.type != "mps"  # Apple GPUs do not
-        _rope_frequencies[key] = frequencies.to(device) if has_float64 else frequencies
-    return _rope_frequencies[key]
+    with torch.inference_mode(False):  # what generating made, training can use
+        return signed_frequencies(torch.tensor(inv_freq, dtype=torch.float64), device)
 
 
 # ---- reading a folder
@@ -188,12 +174,10 @@ def rope_frequencies(inv_freq, device):
 
 def load_model(folder, attn="sep", window=256, sinks=4, max_seps=256, separators=None,
                dtype=None, device=None, fixed_every=16):
-    """The model in a local folder, in evaluation mode, with this attention.
+    """The model in a folder, as `hf download` leaves it, in evaluation mode with this attention.
 
-    window: the paper's for Llama-3-8B. max_seps: 256, so that the cache holds at most 516 tokens,
-    whatever max_position_embeddings is. The paper has no cap here; 256 separators are more than
-    the GSM8K prompts of its table leave beyond the window, and twice the default of SepCache in
-    Hugging Face's library.
+    window: 256, as the paper uses for Llama-3-8B. max_seps: 256, where the paper has no cap; so the
+    cache holds at most 516 tokens, whatever max_position_embeddings is.
     separators: characters that make a token a separator (str), or token ids; default SEPARATORS.
     dtype: default bfloat16 on a GPU, float32 on a CPU. device: default a GPU if there is one.
     ValueError says in one sentence what is missing or not supported.
@@ -203,8 +187,12 @@ def load_model(folder, attn="sep", window=256, sinks=4, max_seps=256, separators
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = read_shape(folder)
-    if separators is None or isinstance(separators, str):
-        separators = find_separators(folder, separators, attn)
+    if separators is None:
+        # other attention than sep can do without a tokenizer
+        has_separators = attn == "sep" or (folder / "tokenizer.json").is_file()
+        separators = SEPARATORS if has_separators else ()
+    if isinstance(separators, str):
+        separators = load_tokenizer(folder).separators(separators)
     config = LlamaConfig(attn=attn, window=window, sinks=sinks, max_seps=max_seps,
                          separators=separators, fixed_every=fixed_every, **shape)
     with torch.device("meta"):  # parameters without memory, to be replaced by what is read
@@ -213,73 +201,69 @@ def load_model(folder, attn="sep", window=256, sinks=4, max_seps=256, separators
     return model.eval()
 
 
-def find_separators(folder, characters, attn):
-    """Ids of the separators by the folder's tokenizer; other attention than sep can do without."""
-    if attn != "sep" and not (folder / "tokenizer.json").is_file():
-        return ()
-    return load_tokenizer(folder).separators(SEPARATORS if characters is None else characters)
-
-
 def read_shape(folder):
     """The shape of the model by config.json: fields of LlamaConfig, as a dict."""
     path = folder / "config.json"
     config = read_json(path)
-    family = (config.get("architectures") or ["no architecture"])[0]
+    architectures = config.get("architectures")
+    require(isinstance(architectures, list) and architectures, f"{path} names no architecture")
+    family = architectures[0]
     require(family in FAMILIES,
             f"{path} names {family}, and must name one of {', '.join(FAMILIES)}")
-    for key, supported in REQUIRED_SETTINGS.items():
-        value = config.get(key, supported)
-        require(value == supported,
-                f"{path}: {key} is {value!r}, and only {supported!r} is supported")
-    uses_sliding_window = config.get("use_sliding_window", family == "MistralForCausalLM")
-    if uses_sliding_window and family != "LlamaForCausalLM":
-        sliding_window = config.get("sliding_window")
-        require(sliding_window is None,
-                f"{path}: sliding_window is {sliding_window}, and only null is supported")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    require(isinstance(rope, dict), f"{path}: the RoPE settings are {rope!r}, and not an object")
+    settings = {"rope_theta": 10000.0, **config, **rope}  # newer files have rope_theta in `rope`
 
-    def need(key, kind=int):
-        value = config.get(key)
-        require(isinstance(value, kind) and value > 0,
-                f"{path}: {key} is {value!r}, and must be a positive {kind.__name__}")
+    def need(key, kind=int, default=None):
+        value = settings.get(key)
+        if value is None:
+            value = default
+        require(type(value) in (int, kind) and 0 < value < 1e12,
+                f"{path}: {key} is {value!r}, and must be a positive {kind.__name__} below 1e12")
         return value
 
+    for key, supported in REQUIRED_SETTINGS.items():
+        value = settings.get(key)
+        require(value is None or value == supported,
+                f"{path}: {key} is {value!r}, and only {supported!r} is supported")
+    if family == "MistralForCausalLM" or config.get("use_sliding_window"):
+        window = config.get("sliding_window", 4096)  # Hugging Face's default
+        require(window is None, f"{path}: sliding_window is {window}, and only null is supported")
+    rope_type = settings.get("rope_type", settings.get("type", "default"))
+    require(rope_type in ("default", "llama3"),
+            f"{path}: the RoPE type is {rope_type!r}, and must be default or llama3")
     n_head = need("num_attention_heads")
     n_embd = need("hidden_size")
-    head_dim = config.get("head_dim") or n_embd // n_head
+    head_dim = need("head_dim", default=n_embd // n_head)
+    require(head_dim % 2 == 0, f"{path}: head_dim is {head_dim}, and must be even")
     return {
         "block_size": need("max_position_embeddings"),
         "vocab_size": need("vocab_size"),
         "n_layer": need("num_hidden_layers"),
         "n_head": n_head,
-        "n_kv_head": config.get("num_key_value_heads") or n_head,
+        "n_kv_head": need("num_key_value_heads", default=n_head),
         "head_dim": head_dim,
         "n_embd": n_embd,
         "n_inner": need("intermediate_size"),
         "norm_eps": need("rms_norm_eps", float),
-        "inv_freq": rope_inv_freq(config, head_dim, path),
+        "inv_freq": rope_inv_freq(need, head_dim, rope_type),
         "tied": config.get("tie_word_embeddings", False),
         "qkv_bias": family == "Qwen2ForCausalLM",
         "qk_norm": family == "Qwen3ForCausalLM",
     }
 
 
-def rope_inv_freq(config, head_dim, path):
+def rope_inv_freq(need, head_dim, rope_type):
     """RoPE's angle per position of each channel pair, a tuple: plain, or as Llama 3.1 and later."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    require(kind in ("default", "llama3"),
-            f"{path}: the RoPE type is {kind!r}, and must be default or llama3")
-    inv_freq = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    if kind == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        for key in keys:
-            require(key in rope, f"{path}: the RoPE type llama3 needs {key}")
-        factor, low, high, original_length = (rope[key] for key in keys)
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    inv_freq = need("rope_theta", float) ** -exponent  # (D / 2,)
+    if rope_type == "llama3":
         # pairs that turn often within the original length stay, those that turn little slow down
-        n_turns = original_length * inv_freq / (2 * math.pi)
+        low, high = need("low_freq_factor", float), need("high_freq_factor", float)
+        require(low < high, f"low_freq_factor is {low}, and must be below high_freq_factor, {high}")
+        n_turns = need("original_max_position_embeddings") * inv_freq / (2 * math.pi)
         keep = ((n_turns - low) / (high - low)).clamp(0, 1)
-        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / factor
+        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / need("factor", float)
     return tuple(inv_freq.tolist())
 
 
@@ -289,34 +273,28 @@ def read_weights(folder, model, dtype, device):
     Files are mapped, not copied, and tensors converted one by one: all are in memory once.
     """
     safetensors = optional_package("safetensors")
-    parameters = dict(model.named_parameters())
-    expected = {name_in_file(name): tuple(weight.shape) for name, weight in parameters.items()}
-    embed, head = "model.embed_tokens.weight", "lm_head.weight"
     weights = {}
     for path in weight_files(folder):
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue  # old files repeat what config.json says
-                    # a tied model's file may repeat the embedding
-                    require(name in expected or name == head,
-                            f"{path} holds {name}, which such a model does not have")
-                    tensor = file.get_tensor(name)
-                    shape = tuple(tensor.shape)
-                    must = expected.get(name, expected[embed])
-                    require(shape == must,
-                            f"{path}: {name} has shape {shape}, and must have {must}")
-                    weights[name] = tensor.to(device, dtype)
+                for name in file.keys():  # noqa: SIM118  (it is no dict)
+                    weights[name] = file.get_tensor(name).to(device, dtype)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} cannot be read, maybe half a download: {error}") from None
 
-    for name in expected:
+    parameters = {name_in_file(name): weight for name, weight in model.named_parameters()}
+    for name, parameter in parameters.items():
         require(name in weights, f"{folder} lacks the tensor {name}")
-    if model.config.tied and head in weights:
-        require(torch.equal(weights[head], weights[embed]),
+        shape, must = tuple(weights[name].shape), tuple(parameter.shape)
+        require(shape == must, f"{folder}: {name} has shape {shape}, and must have {must}")
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    if model.config.tied and head in weights:  # the file may repeat the embedding
+        require(torch.equal(weights.pop(head), weights[embed]),
                 f"{folder}: tie_word_embeddings is true, but {head} is not {embed}")
-    return {name: weights[name_in_file(name)] for name in parameters}
+    for name in weights:  # old files repeat RoPE's inv_freq, which config.json says
+        require(name in parameters or name.endswith("rotary_emb.inv_freq"),
+                f"{folder} holds {name}, which such a model does not have")
+    return {name: weights[name_in_file(name)] for name, _ in model.named_parameters()}
 
 
 def name_in_file(name):
@@ -329,7 +307,11 @@ def weight_files(folder):
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():
-        names = set(read_json(index).get("weight_map", {}).values())
+        weight_map = read_json(index).get("weight_map")
+        require(isinstance(weight_map, dict), f"{index}: weight_map is not a JSON object")
+        for name, file in weight_map.items():
+            require(isinstance(file, str), f"{index}: {name} is in {file!r}, which is no file name")
+        names = set(weight_map.values())
     for name in sorted(names):
         require((folder / name).is_file(),
                 f"there is no {folder / name}; weights are read from safetensors only")
@@ -340,7 +322,7 @@ def read_json(path):
     require(path.is_file(), f"there is no {path}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     require(isinstance(content, dict), f"{path} is not a JSON object")
     return content
@@ -385,11 +367,10 @@ class Tokenizer:
         for name in ("config.json", "generation_config.json"):
             if (folder / name).is_file():
                 eos = read_json(folder / name).get("eos_token_id")
-                self.eos_ids.update([eos] if isinstance(eos, int) else eos or [])
-
-        # tokens are spelled in one of two ways, see `token_bytes`; one puts a space before a text
-        self.is_byte_level = self.tokenizer.token_to_id("<0x0A>") is None
-        self._drops_space = not self.is_byte_level
+                eos_list = eos if isinstance(eos, list) else [eos]
+                self.eos_ids.update(token_id for token_id in eos_list if type(token_id) is int)
+        self.is_byte_level = self.tokenizer.token_to_id("<0x0A>") is None  # see `token_bytes`
+        self._in_stream = False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def encode(self, text):
@@ -408,14 +389,16 @@ class Tokenizer:
     def decode(self, ids, is_end=False):
         """The text of the next ids; a character whose bytes are not all there yet waits for them.
 
-        is_end: nothing will follow; what is still waiting is shown as U+FFFD.
+        is_end: nothing will follow; what is still waiting is shown as U+FFFD. A single call with
+        is_end decodes a text from its beginning; ids that come in several calls follow a prompt.
         """
         text = self._decoder.decode(b"".join(map(self.token_bytes, ids)), is_end)
-        if text and self._drops_space:
+        is_whole_text = is_end and not self._in_stream
+        self._in_stream = not is_end
+        if is_whole_text and not self.is_byte_level:
+            # A vocabulary with byte tokens such as <0x0A> also puts a space before a text;
+            # dropped here.
             text = text.removeprefix(" ")
-            self._drops_space = False
-        if is_end:
-            self._drops_space = not self.is_byte_level
         return text
 
     def token_bytes(self, token_id):

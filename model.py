@@ -54,12 +54,19 @@ def rope_frequencies(head_dim, base, device):
     """Angle per position of each channel, (D,) float64; the first half is negative (see below)."""
     key = head_dim, base, device
     if key not in _rope_frequencies:
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-        frequencies = base ** -exponent  # (D / 2,) of the channel pairs
-        frequencies = torch.cat([-frequencies, frequencies])
-        has_float64 = device.type != "mps"  # Apple GPUs do not
-        _rope_frequencies[key] = frequencies.to(device) if has_float64 else frequencies
+        with torch.inference_mode(False):  # training uses it, too
+            exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+            frequencies = base ** -exponent  # (D / 2,) of the channel pairs
+            _rope_frequencies[key] = signed_frequencies(frequencies, device)
     return _rope_frequencies[key]
+
+
+def signed_frequencies(frequencies, device):
+    """(D / 2,) of the channel pairs -> (D,) of the channels, on the device that computes angles."""
+    frequencies = torch.cat([-frequencies, frequencies])
+    if device.type == "mps":  # Apple GPUs have no float64
+        return frequencies
+    return frequencies.to(device)
 
 
 def rope_cos_sin(positions, frequencies, dtype):
@@ -82,8 +89,8 @@ def apply_rope(x, cos_sin):
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
-def rotations(positions, frequencies, dtype, config, cache=None):
-    """The rotations of one forward: (cos_sin of q and k, sink_cos_sin of q_sink or None).
+def forward_cos_sin(positions, frequencies, dtype, config, cache=None):
+    """What rotates the heads of one forward: cos_sin of q and k, sink_cos_sin of q_sink or None.
 
     Tokens stand at their positions in the text. Separators are dropped at distance `block_size`,
     but the sinks stay. So that they, too, are scored at no distance that training has not shown,
@@ -107,7 +114,7 @@ def rotations(positions, frequencies, dtype, config, cache=None):
 
 
 def norm(x):
-    """RMSNorm without a gain: the linear layer after it absorbs that."""
+    """RMSNorm without a gain; before a linear layer, that layer absorbs it."""
     return F.rms_norm(x, (x.shape[-1],))
 
 
@@ -121,13 +128,14 @@ class CausalSelfAttention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, layout, cos_sin, sink_cos_sin=None, cache=None):
-        """x (B, T, C) -> (B, T, C). The rotations are those of q and k, and of q_sink."""
+        """x (B, T, C) -> (B, T, C). cos_sin rotates q and k, sink_cos_sin makes q_sink."""
         B, T, C = x.shape
         config = self.config
         qkv = self.qkv(x).view(B, T, 3, config.n_head, config.head_dim)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         v = qkv[2]
-        qk = norm(qkv[:2])  # QK-norm: scores stay bounded, so a high learning rate is safe
+        # QK-norm: scores stay bounded, so a high learning rate is safe. Autocast norms in float32.
+        qk = norm(qkv[:2]).to(v.dtype)
         q_sink = None if sink_cos_sin is None else apply_rope(qk[0], sink_cos_sin)
         q, k = apply_rope(qk, cos_sin)  # (B, H, T, D) each
         if cache is not None:
@@ -201,7 +209,7 @@ class GPT(nn.Module):
 
         x = self.embed(ids)  # (B, T, C)
         frequencies = rope_frequencies(config.head_dim, 10000.0, ids.device)
-        cos_sin, sink_cos_sin = rotations(positions, frequencies, x.dtype, config, cache)
+        cos_sin, sink_cos_sin = forward_cos_sin(positions, frequencies, x.dtype, config, cache)
         for block in self.blocks:
             x = block(x, layout, cos_sin, sink_cos_sin, cache)
         logits = F.linear(norm(x), self.embed.weight)  # (B, T, V)
@@ -211,14 +219,14 @@ class GPT(nn.Module):
         return logits, loss
 
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, cache=None):
-        """`generate` with this model."""
+        """The function `generate`, with this model."""
         return generate(self, ids, max_new_tokens, temperature, top_k, cache)
 
 
 # ---- generation
 
 
-PROMPT_CHUNK = 1024  # a long prompt is read in chunks, to bound memory
+MAX_LOGITS = 2 ** 27  # of a forward: long prompts are read in chunks, to bound memory
 
 
 @torch.inference_mode()
@@ -226,11 +234,13 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, cache=None
     """Yield, `max_new_tokens` times, the next token (B,) int64 of each of the prompts ids (B, T).
 
     temperature 0 is greedy; top_k: sample among the k most likely tokens, None: among all. cache: a
-    fresh SepCache, by default one is made. On a GPU the step is a captured CUDA graph.
+    fresh SepCache, by default one is made. On a GPU, unless attn is "full", the steps after the
+    third replay a captured CUDA graph.
     """
     if cache is None:
         cache = SepCache(model.config, len(ids), ids.device, model.embed.weight.dtype)
-    for chunk in ids.split(PROMPT_CHUNK, dim=1):
+    chunk_size = max(1, min(1024, MAX_LOGITS // (len(ids) * model.config.vocab_size)))
+    for chunk in ids.split(chunk_size, dim=1):
         logits, _ = model(chunk, cache=cache)
     token = sample_token(logits[:, -1], temperature, top_k)  # (B,)
 
@@ -247,12 +257,12 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, cache=None
 
 
 class GraphedStep:
-    """A decoding step as a CUDA graph, one launch instead of a hundred: its addresses are fixed."""
+    """Replays a decoding step as a CUDA graph: one launch for all of its kernels."""
 
     def __init__(self, step, cache, n_eager=3):
         self.step = step
         self.cache = cache
-        self.n_eager = n_eager  # steps before the capture, during which nothing may be compiled
+        self.n_eager = n_eager  # what is made on first use must exist before the capture
         self.graph = None
 
     def __call__(self):

@@ -23,14 +23,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data.prepare import separator_ids
 from llama import load_model, load_tokenizer
 from sep_cache import SepCache, SepConfig, require
 from train import (
     DEFAULT_DEVICE,
     DEVICE_HELP,
     Parser,
+    catch_signals,
     fields_of,
     find_device,
+    is_out_of_memory,
     load_checkpoint,
     peak_memory,
 )
@@ -67,18 +70,18 @@ class ByteTokenizer:
 
     def separators(self, characters):
         """The ids that separate segments, if these characters do."""
-        return sorted(set(self.encode(characters)))
+        return separator_ids(characters)
 
 
 class IdTokenizer:
     """For models of token ids that another program has made: text is their numbers, with spaces."""
     eos_ids = frozenset()
 
-    def encode(self, text):
+    def encode(self, text, name="the prompt"):
         try:
             return [int(word) for word in text.split()]
         except ValueError:
-            raise ValueError(f"this model reads token ids, so the prompt must be numbers with "
+            raise ValueError(f"this model reads token ids, so {name} must be numbers with "
                              f"spaces between them; it begins with {text[:20]!r}") from None
 
     def decode(self, ids, is_end=False):
@@ -88,7 +91,7 @@ class IdTokenizer:
         return read_tokens(path, np.uint16)
 
     def separators(self, characters):
-        return self.encode(characters)
+        return self.encode(characters, "--separators")
 
 
 def read_tokens(path, dtype):
@@ -108,9 +111,9 @@ def cache_status(cache):
     """What the cache holds, beside one that keeps everything."""
     mib = cache.nbytes / 2 ** 20
     full_mib = cache.nbytes_of(cache.n_tokens) / 2 ** 20
-    share = cache.n_rows / max(cache.n_tokens, 1)  # interrupted before the first token: 0
-    return (f"{cache.n_rows:,.0f} of {cache.n_tokens:,} keys ({share:.2%}), cache {mib:,.2f} MiB "
-            f"(a full cache: {full_mib:,.2f})")
+    share = cache.n_visible_keys / max(cache.n_tokens, 1)  # interrupted before the first token: 0
+    return (f"{cache.n_visible_keys:,.0f} of {cache.n_tokens:,} keys ({share:.2%}), "
+            f"cache {mib:,.2f} MiB (a full cache: {full_mib:,.2f})")
 
 
 class TextWriter:
@@ -171,18 +174,23 @@ def print_samples(model, tokenizer, cache, prompt, args):
     has_ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     new_ids = []
     start = time.perf_counter()
-    for token in tqdm(tokens, total=n_tokens, desc="sampling", unit="token"):
-        new_ids.append(token)
-        if len(eos_ids) > 0:
-            has_ended |= (token[:, None] == eos_ids).any(dim=1)
-            if has_ended.all():
-                break
-    new_ids = torch.stack(new_ids, dim=1).tolist()  # waits for the GPU
+    try:
+        for token in tqdm(tokens, total=n_tokens, desc="sampling", unit="token"):
+            new_ids.append(token)
+            if len(eos_ids) > 0:
+                has_ended |= (token[:, None] == eos_ids).any(dim=1)
+                if has_ended.all():
+                    break
+    except KeyboardInterrupt:  # what there is, is printed
+        pass
+    n_sampled = len(prompt) * len(new_ids)
+    texts = torch.stack([*prompt.T, *new_ids], dim=1).tolist()  # waits for the GPU
     seconds = time.perf_counter() - start
-    for prompt_ids, sample in zip(prompt.tolist(), new_ids, strict=True):
+    for text in texts:
+        prompt_ids = text[:prompt.shape[1]]
+        sample = text[prompt.shape[1]:]
         end = next((i for i, token in enumerate(sample) if token in tokenizer.eos_ids), len(sample))
         print(tokenizer.decode(prompt_ids + sample[:end], is_end=True), end="\n---\n")
-    n_sampled = len(new_ids) * len(new_ids[0])
     print(f"{n_sampled / seconds:,.0f} tokens/s; {cache_status(cache)}", file=sys.stderr)
 
 
@@ -215,10 +223,11 @@ def score_spans(n):
 
 
 @torch.inference_mode()
-def score(model, cache, tokens, device):
+def score(model, cache, tokens, device, signals=()):
     """The Score of a text, read as one stream: each token is predicted from what the cache holds.
 
-    tokens: NumPy array of token ids, at least two; cache: a fresh SepCache of one sequence.
+    tokens: NumPy array of token ids, at least two; cache: a fresh SepCache of one sequence;
+    signals: as soon as it holds one, the reading ends, and the Score is of what was read.
     """
     n = len(tokens) - 1  # the first token is only read
     chunk_size = min(SCORE_CHUNK[device.type], MAX_LOGITS // model.config.vocab_size)
@@ -228,34 +237,47 @@ def score(model, cache, tokens, device):
     total_share = 0.0
     start = time.perf_counter()
     with tqdm(total=n, desc="scoring", unit="token", unit_scale=True) as bar:
-        for first in range(0, n, chunk_size):
-            ids = torch.from_numpy(tokens[first:first + chunk_size + 1].astype(np.int64)).to(device)
+        for chunk_start in range(0, n, chunk_size):
+            chunk = tokens[chunk_start:chunk_start + chunk_size + 1]  # its last is a target only
+            ids = torch.from_numpy(chunk.astype(np.int64)).to(device)
             logits, _ = model(ids[None, :-1], cache=cache)
             nats = F.cross_entropy(logits[0].float(), ids[1:], reduction="none")
             nats = nats.cpu().numpy().astype(np.float64)  # here: Apple GPUs have no float64
             for span in spans:
-                in_span = nats[max(span.start - first, 0):max(span.end - first, 0)]
-                sums[span] += in_span.sum()
-            total_share += key_shares(first, len(nats), cache.n_rows).sum()
-            if first == 0:
+                begin = max(span.start - chunk_start, 0)
+                end = max(span.end - chunk_start, 0)
+                sums[span] += nats[begin:end].sum()
+            total_share += key_shares(chunk_start, len(nats), cache.n_visible_keys).sum()
+            n_read = chunk_start + len(nats)
+            if chunk_start == 0:
                 first_memory_gib = peak_memory(device)
-            perplexity = math.exp(sums[whole] / (first + len(nats)))
-            status = f"perplexity {perplexity:.4f}, {cache_status(cache)}"
+            mean = sums[whole] / n_read
+            status = f"perplexity {perplexity(mean):.4f}, {cache_status(cache)}"
             bar.set_postfix_str(status, refresh=False)
             bar.update(len(nats))
-    tokens_per_s = n / (time.perf_counter() - start)
-    means = {span.name: sums[span] / (span.end - span.start) for span in spans}
-    return Score(means, total_share / n, tokens_per_s, first_memory_gib, peak_memory(device))
+            if signals:
+                break
+    tokens_per_s = n_read / (time.perf_counter() - start)
+    means = {span.name: sums[span] / (span.end - span.start)
+             for span in spans[:-1] if span.end <= n_read}
+    means[f"all {n_read:,}"] = sums[whole] / n_read
+    return Score(means, total_share / n_read, tokens_per_s, first_memory_gib, peak_memory(device))
 
 
-def key_shares(first, n_tokens, n_rows):
-    """Keys seen / tokens so far, for each of n_tokens from position `first` on (the paper's r.KV).
+def perplexity(nats):
+    """e to the mean loss; inf where that is beyond all numbers (a model that has diverged)."""
+    with np.errstate(over="ignore"):
+        return np.exp(nats)
 
-    n_rows: keys that the last of them sees. It stands for all of a chunk, except that no token sees
-    more keys than there are: exact for full attention and a window, close for separators.
+
+def key_shares(start, n_tokens, n_visible_keys):
+    """Keys seen / tokens so far, for each of n_tokens from position `start` on (the paper's r.KV).
+
+    n_visible_keys: of the last of them. It stands for all of a chunk, except that no token sees more
+    keys than there are: exact for full attention and a window, close for separators.
     """
-    n_so_far = np.arange(first + 1, first + n_tokens + 1)
-    return np.minimum(n_rows, n_so_far) / n_so_far
+    n_so_far = np.arange(start + 1, start + n_tokens + 1)
+    return np.minimum(n_visible_keys, n_so_far) / n_so_far
 
 
 def print_score(result, cache, is_bytes):
@@ -265,7 +287,7 @@ def print_score(result, cache, is_bytes):
         head.append("bits per byte")
     rows = [head, ["---"] * len(head)]
     for name, nats in result.nats.items():
-        row = [name, f"{math.exp(nats):.4f}"]
+        row = [name, f"{perplexity(nats):.4f}"]
         if is_bytes:
             row.append(f"{nats / math.log(2):.4f}")
         rows.append(row)
@@ -287,10 +309,11 @@ def make_parser():
                              "pretrained model: config.json, *.safetensors, tokenizer.json")
     parser.add_argument("--device", default=DEFAULT_DEVICE,
                         help=f"{DEVICE_HELP}\n(default: {DEFAULT_DEVICE})")
-    parser.add_argument("--prompt", default="\n", metavar="TEXT",
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="\n", metavar="TEXT",
                         help="text to begin with; token ids if the model was trained on token ids\n"
                              "(default: a line break)")
-    parser.add_argument("--prompt_file", type=Path, metavar="FILE",
+    prompt.add_argument("--prompt_file", type=Path, metavar="FILE",
                         help="a file with the text to begin with")
     parser.add_argument("--num_samples", type=int, default=1, metavar="N",
                         help="samples to make side by side (default: 1)")
@@ -309,8 +332,9 @@ def make_parser():
     parser.add_config(SepConfig, default="the checkpoint's; a pretrained model's: "
                                          "sep, window 256, sinks 4, max_seps 256")
     parser.add_argument("--separators", metavar="CHARS", default=argparse.SUPPRESS,
-                        help="the characters that separate segments; token ids if the model was\n"
-                             "trained on token ids (default: the checkpoint's)")
+                        help="the characters that separate segments; a line break in bash:\n"
+                             "$'.,\\n'; token ids if the model was trained on token ids\n"
+                             "(default: the checkpoint's)")
     return parser
 
 
@@ -322,11 +346,16 @@ def check_args(parser, args):
             parser.error(f"--{name} is {value}, and must be at least {minimum}")
     if args.stream and (args.num_samples > 1 or args.score):
         parser.error("--stream writes one text, so give it without --num_samples and --score")
+    if args.score and args.num_samples > 1:
+        parser.error("--score reads one text, so give it without --num_samples")
+    if not -2 ** 63 <= args.seed < 2 ** 64:
+        parser.error(f"--seed is {args.seed}, and must be a number of 64 bits")
 
 
 def load(parser, args, device):
     """(model, tokenizer) that the options ask for; the separators are those of model.config."""
-    if Path(args.ckpt).is_dir():
+    folder = Path(args.ckpt)
+    if folder.is_dir() and not (folder / "ckpt.pt").exists():
         model = load_model(args.ckpt, device=device)
         tokenizer = load_tokenizer(args.ckpt)
     else:
@@ -336,9 +365,9 @@ def load(parser, args, device):
         is_bytes = checkpoint.info["data_meta"]["dtype"] == "uint8"
         tokenizer = ByteTokenizer() if is_bytes else IdTokenizer()
     settings = fields_of(SepConfig, vars(args))
-    if "separators" in settings:
-        settings["separators"] = tokenizer.separators(settings["separators"])
     with parser.usage_errors():
+        if "separators" in settings:
+            settings["separators"] = tokenizer.separators(settings["separators"])
         model.configure(**settings)
     return model, tokenizer
 
@@ -361,7 +390,7 @@ def run(parser, args, device):
     if args.score:
         tokens = tokenizer.encode_file(args.score)
         check_vocabulary(tokens, model, args.score)
-        result = score(model, cache, tokens, device)
+        result = score(model, cache, tokens, device, catch_signals())
         print_score(result, cache, isinstance(tokenizer, ByteTokenizer))
         return
 
@@ -391,11 +420,13 @@ def main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit("sample.py: stopped")
-    except torch.OutOfMemoryError:
-        sys.exit("sample.py: the GPU's memory is full; lower --num_samples or --window, "
-                 "or set --max_seps")
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit("sample.py: the memory is full; lower --num_samples or --window, "
+                 "or set --max_seps")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ mask; the tests hold everything else against it.
 The one idea of this file: the sinks and separators, the *kept* tokens, are few and known before the
 first layer, so we write their positions into a list, the *far list*. What a query sees of it are
 two ranges of entries; with its window, three ranges in all. No T x T mask is ever made. The
-example, used again further down, is the text `a,b.cd` with window 2, sinks 1 and block_size 4:
+example, used again further down, is the text `a,b.cd` with window 2, sinks 1, block_size 4 and no
+max_seps:
 
     position    0  1  2  3  4  5      far list: 0, 1, 3 (the sink `a`, the separators `,` and `.`)
     token       a  ,  b  .  c  d
@@ -71,8 +72,8 @@ class SepConfig:
     max_seps: int | None = option(None, "how many separators beyond the window are visible, the "
                                         "latest; None: all within block_size")
     fixed_every: int = option(16, "with attn=fixed, the positions divisible by this stay visible")
-    block_size: int = option(256, "training length in tokens, and the horizon: no key but a sink "
-                                  "is used at this distance or more")
+    block_size: int = option(256, "training length in tokens, and the horizon: beyond the window, "
+                                  "no key but a sink is used at this distance or more")
 
     def __post_init__(self):
         self.separators = tuple(self.separators)
@@ -127,12 +128,13 @@ _separator_tables = {}
 
 @torch.compiler.assume_constant_result
 def separator_table(separators, device):
-    """A bool tensor: whether each id is a separator. Ids past its end share its last entry."""
+    """Whether each id is a separator, (n,) bool; the last entry, False, serves all larger ids."""
     key = separators, device
     if key not in _separator_tables:
-        table = torch.zeros(max(separators, default=-1) + 2, dtype=torch.bool)
-        table[list(separators)] = True
-        _separator_tables[key] = table.to(device)  # once: a copy to a GPU waits for it
+        with torch.inference_mode(False):  # training uses it, too
+            table = torch.zeros(max(separators, default=-1) + 2, dtype=torch.bool)
+            table[list(separators)] = True
+            _separator_tables[key] = table.to(device)  # once: a copy to a GPU waits for it
     return _separator_tables[key]
 
 
@@ -153,19 +155,19 @@ def list_kept(kept, positions, n_queries, config):
     Static shapes, no device synchronisation.
     """
     B, M = kept.shape
-    rank = kept.cumsum(1)  # (B, M) kept rows up to and including each row
+    n_kept = kept.cumsum(1)  # (B, M) kept rows up to and including each row
     rows = torch.arange(M, dtype=torch.int32, device=kept.device).expand(B, M)
-    # a kept row goes to the column of its rank, all others to a spare column that is cut off
-    column = torch.where(kept, rank - 1, M)
+    # a kept row goes to the column of its number, all others to a spare column that is cut off
+    column = torch.where(kept, n_kept - 1, M)
     far = rows.new_zeros(B, M + 1).scatter_(1, column, rows)[:, :M]
 
-    rank = F.pad(rank, (1, 0))  # (B, M + 1) kept rows before each row
+    n_kept_before = F.pad(n_kept, (1, 0))  # (B, M + 1) kept rows before each row
     query_positions = positions[:, M - n_queries:]
 
     def n_kept_at(distance):
         """How many kept rows are at this distance or more from each query: (B, n_queries)."""
         n_rows = torch.searchsorted(positions, query_positions - distance, right=True)
-        return rank.gather(1, n_rows)
+        return n_kept_before.gather(1, n_rows)
 
     stop = n_kept_at(config.window)
     start = n_kept_at(config.block_size).clamp(min=config.sinks)  # the horizon
@@ -217,17 +219,17 @@ class SepCache:
     out of sight, no later query asks for it, so it can be dropped. A mask that shows an old key
     again (windows that jump back, every tenth query sees all) would break the promise.
 
-    Costs for a text of T tokens, with w = window and s = sinks + separators visible at once, which
-    are at most `far_capacity`:
+    Costs for a text of T tokens, with w = window, f = far tokens visible on average, and c = the
+    most that can be: sinks + min(max_seps, block_size - window):
 
         |                   | full     | sep, streamingllm, fixed |
-        | training, prefill | T^2 / 2  | T (w + s)                | query-key pairs
-        | decoding          | T        | w + s                    | query-key pairs per token
-        | cache             | T        | w + sinks + far_capacity | keys a layer, from the start
+        | training, prefill | T^2 / 2  | T (w + f)                | query-key pairs
+        | decoding          | T        | w + c                    | query-key pairs per token
+        | cache             | T        | w + c                    | keys a layer, from the start
 
     config: needs n_layer, n_kv_head, head_dim and the fields of SepConfig. batch_size: each
     sequence has its own separators. dtype: of keys and values, default float32. With attn="full"
-    it is an ordinary cache that grows.
+    it is an ordinary cache that grows. A cache is for inference: no gradient flows through it.
     """
 
     def __init__(self, config, batch_size=1, device=None, dtype=None):
@@ -243,21 +245,21 @@ class SepCache:
         self.sink_position = torch.arange(config.sinks, device=device)[:, None]
         self.slot_position = torch.full((batch_size, n_slots), EMPTY, device=device)
         self.slot_kept = torch.zeros(batch_size, n_slots, dtype=torch.bool, device=device)
-        reach = [ANY_DISTANCE] * config.sinks
-        reach += [config.block_size] * config.far_capacity
-        reach += [0]  # the spare slot
-        reach += [config.window] * config.window
-        self.slot_reach = torch.tensor(reach[:n_slots], device=device)  # seen at shorter distances
-        # tokens that have gone to the separators' ring; the sinks that leave the window first bring
-        # it up to 0
+        seen_below = [ANY_DISTANCE] * config.sinks
+        seen_below += [config.block_size] * config.far_capacity
+        seen_below += [0]  # the spare slot
+        seen_below += [config.window] * config.window
+        self.seen_below = torch.tensor(seen_below[:n_slots], device=device)  # distance of a query
+        # kept tokens that have left the window, less the sinks, which leave first: 0 when the first
+        # separator leaves; it goes to slot 0 of the ring, the next to slot 1
         self.n_seps = torch.full((batch_size, 1), -config.sinks, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # n_tokens, on the device
 
     @property
     def nbytes(self):
-        """Bytes held. Constant, but for attn="full"."""
+        """Bytes of what is stored between two forwards. Constant, but for attn="full"."""
         state = (self.kv, self.sink_keys, self.sink_position, self.slot_position, self.slot_kept,
-                 self.slot_reach, self.n_seps, self.position)
+                 self.seen_below, self.n_seps, self.position)
         return sum(tensor.nbytes for tensor in state)
 
     def nbytes_of(self, n_tokens):
@@ -266,16 +268,17 @@ class SepCache:
         return layers * two * B * H * D * self.kv.element_size() * n_tokens
 
     @property
-    def n_rows(self):
+    def n_visible_keys(self):
         """How many keys the latest token sees, the mean over the batch."""
-        if self.is_full:
+        if self.is_full or self.n_tokens == 0:
             return float(self.n_tokens)
         return self.visible_slots(self.position - 1).sum(1).float().mean().item()
 
     def visible_slots(self, position):
         """Which slots a token at this position (1,) sees: (B, n_slots) bool."""
-        return position - self.slot_position < self.slot_reach
+        return position - self.slot_position < self.seen_below
 
+    @torch.no_grad()
     def advance(self, ids):
         """Take in new tokens ids (B, T), before the first layer; `update` must follow in each.
 
@@ -298,8 +301,14 @@ class SepCache:
         self.n_tokens += T
         return positions, layout
 
+    @torch.no_grad()
     def update(self, k, v, layer_idx):
-        """Store a layer's new keys and values (B, H, T, D); return those to use (B, H, M, D)."""
+        """Store a layer's new keys and values (B, H, T, D); return those to use (B, H, M, D).
+
+        ValueError if they are not of the cache's dtype.
+        """
+        if k.dtype != self.kv.dtype:
+            raise ValueError(f"this cache holds {self.kv.dtype}, and got keys of {k.dtype}")
         store = self.kv[layer_idx]  # (2, B, H, n_slots, D)
         T = k.shape[2]
         if self.is_full:
@@ -309,17 +318,18 @@ class SepCache:
         if T == 1:
             store[0].index_copy_(2, self.new_slot, k)
             store[1].index_copy_(2, self.new_slot, v)
-            return store.unbind(0)
+            return store[:, :, :, self.slots_to_read].unbind(0)
         old = _gather_rows(store, self.row_to_slot)
         rows = torch.cat([old, torch.stack([k, v])], dim=3)  # (2, B, H, M, D)
         store.copy_(_gather_rows(rows, self.slot_to_row))
-        self.sink_keys[layer_idx] = store[0, :, :, :self.config.sinks]
+        self.sink_keys[layer_idx] = store[0, :, :, :self.config.sinks]  # in case `show_sinks` comes
         return rows.unbind(0)
 
     def show_sinks(self, keys):
-        """In this step, use these keys (n_layer, B, H, sinks, D) of the sinks, not `sink_keys`.
+        """Put these keys (n_layer, B, H, sinks, D) into the sinks' slots, until the next call.
 
-        A decoding step has no q_sink: turning the few sinks' keys, once for all layers, is cheaper.
+        A decoding step has no q_sink: it is cheaper to rotate the few keys of the sinks, once for
+        all layers. `sink_keys` keeps them as they were computed.
         """
         self.kv[:, 0, :, :, :self.config.sinks] = keys
 
@@ -358,7 +368,12 @@ class SepCache:
         self.slot_position.index_copy_(1, self.new_slot, position.expand(B, 1))
         self.slot_kept.index_copy_(1, self.new_slot, is_kept(ids, position, config))
         mask = torch.where(self.visible_slots(position), 0.0, -torch.inf).to(self.kv.dtype)
-        return SlotLayout(mask[:, None, None])
+
+        # a young text has used only the first slots of the window (a graph needs fixed shapes)
+        self.slots_to_read = slice(None)
+        if self.n_tokens < config.window and not ids.is_cuda:
+            self.slots_to_read = slice(self.n_far + 1, self.n_far + 2 + self.n_tokens)
+        return SlotLayout(mask[:, None, None, self.slots_to_read])
 
     def _advance_chunk(self, ids, positions):
         """Several new tokens: a far list over rows in order of position, then all slots anew."""
@@ -370,10 +385,11 @@ class SepCache:
         # 1. the rows to attend to: slots sorted by position, empty ones first, then the new tokens
         old_positions, slots = self.slot_position.sort(dim=1)  # (B, n_slots)
         if self.n_tokens < config.window:
-            # the far slots are still empty; as rows before the first token they would look near
-            first = slots.shape[1] - self.n_tokens
-            old_positions = old_positions[:, first:]
-            slots = slots[:, first:]
+            # empty slots would be rows before the text, and the window, which counts rows, would
+            # show them
+            n_empty = slots.shape[1] - self.n_tokens
+            old_positions = old_positions[:, n_empty:]
+            slots = slots[:, n_empty:]
         self.row_to_slot = slots
         row_positions = torch.cat([old_positions, positions.expand(B, T)], dim=1)  # (B, M)
         old_kept = self.slot_kept.gather(1, slots)
@@ -391,11 +407,11 @@ class SepCache:
         self.n_seps.copy_(stop - start)
 
         # 3. what survives in the window's slots: the last tokens, at `position % window`
-        last = positions[-1]
+        newest = positions[-1]
         slot = torch.arange(config.window, device=ids.device)
-        age = (last - slot) % config.window  # (window,) how far back each slot's token is
+        distance = (newest - slot) % config.window  # (window,) of each slot's token
         M = row_positions.shape[1]
-        window_rows = torch.where(age <= last, M - 1 - age, -1).expand(B, -1)
+        window_rows = torch.where(distance <= newest, M - 1 - distance, -1).expand(B, -1)
 
         spare_row = far_rows.new_full((B, 1), -1)
         rows = torch.cat([far_rows, spare_row, window_rows], dim=1)  # (B, n_slots)
@@ -443,9 +459,12 @@ def draw(text, config):
         key = torch.full((1, 1, 1, 1), float(i), dtype=torch.float64)
         cache.update(key, key, layer_idx=0)
         keys = cache.kv[0, 0, 0, 0, :, 0].long()  # (n_slots,)
-        held = sorted(keys[cache.visible_slots(torch.tensor([i]))[0]].tolist())
-        far = "".join(names[j] for j in held if i - j >= config.window)
-        near = "".join(names[j] for j in held if i - j < config.window)
+        if not cache.is_full:
+            keys = keys[cache.visible_slots(torch.tensor([i]))[0]]
+        seen = sorted(keys[:i + 1].tolist())
+        window = T if cache.is_full else config.window
+        far = "".join(names[j] for j in seen if i - j >= window)
+        near = "".join(names[j] for j in seen if i - j < window)
         lines.append(f"{i:4} {names[i]}{marks:{T}}   {far} | {near}")
     return lines
 
@@ -480,6 +499,8 @@ def main():
     n_bytes = len(text.encode())
     if not 1 <= n_bytes <= 200:
         parser.error(f"the text has {n_bytes} bytes; a map can show 1 to 200")
+    for name in ("window", "sinks", "block_size"):
+        args[name] = min(args[name], 200)  # more means the same for such a text
     try:
         config = MapConfig(**args)
     except ValueError as error:

@@ -55,15 +55,19 @@ def sep_attention(q, k, v, layout, window, sinks=0, q_sink=None, impl="auto"):
     [start, stop) of far; its window, key rows r with `0 <= Tk - Tq + t - r < window`.
 
     Returns (B, H, Tq, D), differentiable in q, k, v and q_sink.
-    Raises ValueError for an unknown impl, and where impl="triton" cannot do what is asked.
+    Raises ValueError for an unknown impl, for q, k and v of different dtypes, and where
+    impl="triton" cannot do what is asked.
     """
     can_do = (
         triton is not None
         and q.shape[3] in (16, 32, 64, 128)
         and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and max(k.shape[2], layout.far.shape[1]) * q.shape[3] < 2 ** 31 - 2 ** 16
     )
-    needs = ("triton, a CUDA device, D 16, 32, 64 or 128 and bf16, fp16 or fp32; "
-             f"given: D {q.shape[3]}, {q.dtype}, {q.device}")
+    needs = ("triton, a CUDA device, D 16, 32, 64 or 128, bf16, fp16 or fp32, and Tk * D below "
+             f"2^31; given: D {q.shape[3]}, {q.dtype}, {q.device}, Tk {k.shape[2]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, and must agree")
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl is {impl!r}, and must be auto, triton or torch")
     if impl == "auto":
@@ -136,7 +140,8 @@ def _attention_torch(q, k, v, layout, window, sinks, q_sink):
         n_sinks = min(sinks, layout.far.shape[1])  # the first keys of each block
         sink_scores = block_queries(q_sink) @ k[:, :, :n_sinks].mT
         scores = torch.cat([sink_scores, q @ k[:, :, n_sinks:].mT], dim=-1) * D ** -0.5
-        out = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        out = weights @ v
     out = out.view(B, N, H, BLOCK, -1).transpose(1, 2)  # (B, H, N, BLOCK, D)
     return out.flatten(2, 3)[:, :, :Tq]
 
@@ -156,17 +161,17 @@ def _keys_of_blocks(layout, window, sinks, Tq, Tk):
     query_row = Tk - Tq + query
 
     # the far entries: the sinks, and what the block's queries see between the first and the last
-    first = start[:, query[:, 0]].long()  # (B, N)
-    last = stop[:, query[:, -1]].long()
-    longest = (last - first).max().clamp(min=0).item()
+    first_entry = start[:, query[:, 0]].long()  # (B, N)
+    end_entry = stop[:, query[:, -1]].long()
+    longest = (end_entry - first_entry).max().clamp(min=0).item()
     sink_entries = torch.arange(min(sinks, S), device=device).expand(B, N, -1)
-    range_entries = first[:, :, None] + torch.arange(longest, device=device)
+    range_entries = first_entry[:, :, None] + torch.arange(longest, device=device)
     entries = torch.cat([sink_entries, range_entries], dim=-1)  # (B, N, E)
     far_rows = far.gather(1, entries.clamp(max=S - 1).flatten(1)).view(entries.shape)
     entry = entries[:, :, None]  # (B, N, 1, E)
-    start = start[:, query, None]  # (B, N, BLOCK, 1)
-    stop = stop[:, query, None]
-    far_visible = (entry < stop) & ((entry < sinks) | (entry >= start))
+    query_start = start[:, query, None]  # (B, N, BLOCK, 1)
+    query_stop = stop[:, query, None]
+    far_visible = (entry < query_stop) & ((entry < sinks) | (entry >= query_start))
 
     # the window's rows, of all queries of the block
     width = min(window + BLOCK - 1, Tk)
@@ -183,14 +188,16 @@ def _keys_of_blocks(layout, window, sinks, Tq, Tk):
 
 # ---- Triton --------------------------------------------------------------------------------------
 #
-# Forward, one query, scores in base 2 (the exponential of a GPU is 2^x):
+# Forward, one query. The loops keep the scores s unscaled, as qk; the exponents scale them, to
+# base 2 at once, since the exponential of a GPU is 2^x:
 #
-#     s = q k^T * D^-0.5 * log2(e)       lse = log2(sum 2^s)       p = 2^(s - lse)       o = p v
+#     qk = q k^T       s = qk * D^-0.5       scale = D^-0.5 * log2(e), so e^s = 2^(qk * scale)
+#     lse = log2(sum 2^(qk * scale))         p = 2^(qk * scale - lse)         o = p v
 #
 # Online softmax: neither lse nor p is known before all keys have been seen, so a loop over tiles of
-# keys keeps m_i, the largest score so far, l_i, the sum of 2^(s - m_i), and acc, the sum of
-# 2^(s - m_i) v; when m_i grows, the two sums shrink by alpha = 2^(m_old - m_new). At the end
-# o = acc / l_i and lse = m_i + log2(l_i). Only o and lse are kept for the backward.
+# keys keeps m_i, the largest qk * scale so far, l_i, the sum of 2^(qk * scale - m_i), and acc, the
+# sum of 2^(qk * scale - m_i) v; when m_i grows, the two sums shrink by alpha = 2^(m_old - m_new).
+# At the end o = acc / l_i and lse = m_i + log2(l_i). Only o and lse are kept for the backward.
 #
 # Backward. The scores are computed again; lse is known now, so every tile stands alone:
 #
@@ -199,9 +206,14 @@ def _keys_of_blocks(layout, window, sinks, Tq, Tk):
 #
 # delta is what the softmax's normalisation takes back: rowsum(p * dp) = do . (p v) = do . o.
 #
+# With q_sink, sinks that have left the window are scored by q_sink, all other keys by q. There is
+# still one softmax, so lse and delta are shared. dq_sink is the sum ds k * D^-0.5 over those sinks,
+# dq the one over the other keys. dk of a sink has both parts: ds^T q_sink of the queries whose
+# window it has left, and ds^T q of the queries in whose window it is.
+#
 # Four kernels. `_forward` and `_backward_dq`: a program owns BLOCK queries and loops over the keys
 # that they see. `_backward_dkdv_far` and `_backward_dkdv_near`: a program owns BLOCK keys and loops
-# over the queries that see them; it computes the transposed tiles sT, pT, dpT, dsT.
+# over the queries that see them; it computes the transposed tiles qkT, pT, dpT, dsT.
 #
 # The ranges of a block differ from row to row, but neither end ever moves back, so a block of rows
 # sees a staircase. Every row sees all of a full tile; only the tiles left and right of these need a
@@ -211,7 +223,12 @@ def _keys_of_blocks(layout, window, sinks, Tq, Tk):
 #     row 1           [===============================)
 #     row 2                   [=============================)
 #             | left  | left  | full  | full  | right | right |
-#              first          full_lo                       last
+#     tile       -2      -1       0       1       2       3
+#              union_lo       full_lo            full_hi    union_hi
+#
+# Indices are clamped where other kernels mask loads and stores: a load past an end repeats the last
+# row, one before the first row repeats the first, and a store past an end stores the last row's
+# values a second time.
 #
 # Tensors are contiguous. A program moves its pointers to its head by a 64-bit offset; offsets
 # inside of a head are 32 bits wide.
@@ -241,21 +258,24 @@ def _dot(a, b):
 
 @jit
 def _count_tiles(lo, hi, TILE: tl.constexpr):
-    """How the union of the rows' ranges [lo, hi) is cut into tiles: see the picture above."""
-    first = tl.min(lo, 0)
-    last = tl.max(hi, 0)
+    """How the rows' ranges [lo, hi) are cut into tiles: see the picture above.
+
+    Returns the cut: union_lo, union_hi, full_lo, n_left, n_full, n_right.
+    """
+    union_lo = tl.min(lo, 0)
+    union_hi = tl.max(hi, 0)
     full_lo = tl.max(lo, 0)
     full_hi = tl.min(hi, 0)
-    n_left = tl.cdiv(full_lo - first, TILE)
+    n_left = tl.cdiv(full_lo - union_lo, TILE)
     n_full = tl.maximum(full_hi - full_lo, 0) // TILE
-    n_right = tl.cdiv(tl.maximum(last - full_lo - n_full * TILE, 0), TILE)
-    return first, last, full_lo, n_left, n_full, n_right
+    n_right = tl.cdiv(tl.maximum(union_hi - full_lo - n_full * TILE, 0), TILE)
+    return union_lo, union_hi, full_lo, n_left, n_full, n_right
 
 
 @jit
-def _n_tiles(tiles, MASKED: tl.constexpr):
+def _n_tiles(cut, MASKED: tl.constexpr):
     """How many tiles need a mask, or how many need none."""
-    _, _, _, n_left, n_full, n_right = tiles
+    _, _, _, n_left, n_full, n_right = cut
     if MASKED:
         n = n_left + n_right
     else:
@@ -264,16 +284,17 @@ def _n_tiles(tiles, MASKED: tl.constexpr):
 
 
 @jit
-def _tile_entries(i, tiles, TILE: tl.constexpr, MASKED: tl.constexpr):
+def _tile_entries(i, cut, TILE: tl.constexpr, MASKED: tl.constexpr):
     """The i-th full tile, or the i-th masked one: its entries (TILE,), and which of them to load.
 
-    A masked tile may reach past the ends of the range; there it loads the first or the last entry.
+    A masked tile may reach past the ends of the union; there it loads the first or the last entry.
     """
-    first, last, full_lo, n_left, n_full, _ = tiles
+    union_lo, union_hi, full_lo, n_left, n_full, _ = cut
     if MASKED:
-        tile = i - n_left + tl.where(i < n_left, 0, n_full)
+        tile = i - n_left  # left tiles have negative numbers
+        tile += tl.where(i < n_left, 0, n_full)  # right tiles come after the full ones
         entry = full_lo + tile * TILE + tl.arange(0, TILE)
-        to_load = tl.minimum(tl.maximum(entry, first), last - 1)
+        to_load = tl.minimum(tl.maximum(entry, union_lo), union_hi - 1)
     else:
         entry = full_lo + i * TILE + tl.arange(0, TILE)
         to_load = entry
@@ -287,22 +308,24 @@ def _forward_loop(acc, m_i, l_i, q, K, V, FAR, lo, hi, D: tl.constexpr, TILE: tl
                   GATHER: tl.constexpr, STAGES: tl.constexpr):
     """Online softmax of a block of queries, each over its keys [lo, hi); GATHER: entries of FAR."""
     scale: tl.constexpr = D ** -0.5 * LOG2E
-    tiles = _count_tiles(lo, hi, TILE)
+    cut = _count_tiles(lo, hi, TILE)
     for MASKED in tl.static_range(2):  # compiled twice: without the mask, and with it
-        for i in tl.range(0, _n_tiles(tiles, MASKED), num_stages=STAGES):
-            entry, row = _tile_entries(i, tiles, TILE, MASKED)
+        for i in tl.range(0, _n_tiles(cut, MASKED), num_stages=STAGES):
+            entry, to_load = _tile_entries(i, cut, TILE, MASKED)
             if GATHER:
-                row = tl.load(FAR + row)
+                row = tl.load(FAR + to_load)
+            else:
+                row = to_load
             offset = row[:, None] * D + tl.arange(0, D)
             k = tl.load(K + offset)  # (TILE, D)
             v = tl.load(V + offset)
-            s = _dot(q, tl.trans(k))  # (BLOCK, TILE), not scaled yet
+            qk = _dot(q, tl.trans(k))  # (BLOCK, TILE)
             if MASKED:
                 visible = (entry >= lo[:, None]) & (entry < hi[:, None])
-                s = tl.where(visible, s, float("-inf"))
-            m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
+                qk = tl.where(visible, qk, float("-inf"))
+            m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
             alpha = tl.exp2(m_i - m_new)
-            p = tl.exp2(s * scale - m_new[:, None])
+            p = tl.exp2(qk * scale - m_new[:, None])
             l_i = l_i * alpha + tl.sum(p, 1)
             acc = acc * alpha[:, None] + _dot(p.to(v.dtype), v)
             m_i = m_new
@@ -326,7 +349,7 @@ def _query_ranges(START, STOP, t, Tq, Tk, window, sinks, HAS_Q_SINK: tl.constexp
     sink_hi = tl.minimum(stop, sinks)
     far_lo = tl.minimum(start, stop)  # start may be past stop: an empty range
     if not HAS_Q_SINK:
-        # where nothing after the sinks is dropped, one range over both saves a loop
+        # if no query of the block skips an entry after the sinks, one range [0, stop) covers both
         joined = tl.max(start, 0) <= sinks
         sink_hi = tl.where(joined, 0, sink_hi)
         far_lo = tl.where(joined, 0, far_lo)
@@ -343,7 +366,7 @@ def _forward(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, H, Tq, Tk, S, window, 
     bh, t = _query_block(Tq, BLOCK)
     t = tl.minimum(t, Tq - 1)  # those past the end repeat the last query, and store what it stores
     b = bh // H
-    queries = bh * Tq  # rows before this head's
+    q_row0 = bh * Tq  # the head's first row
     FAR += b * S
     K += bh * Tk * D
     V += bh * Tk * D
@@ -354,17 +377,17 @@ def _forward(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, H, Tq, Tk, S, window, 
     acc = tl.zeros([BLOCK, D], tl.float32)
     m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf, as a row without keys has m_i - m_i = 0
     l_i = tl.zeros([BLOCK], tl.float32)
-    q = tl.load(Q_SINK + queries * D + offset)  # Q itself, if there is no q_sink
+    q = tl.load(Q_SINK + q_row0 * D + offset)  # Q itself, if there is no q_sink
     acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
                                   D, SINK_TILE, GATHER=True, STAGES=1)
     if HAS_Q_SINK:
-        q = tl.load(Q + queries * D + offset)
+        q = tl.load(Q + q_row0 * D + offset)
     acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, far_lo, far_hi,
                                   D, TILE, GATHER=True, STAGES=FAR_STAGES)
     acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, near_lo, near_hi,
                                   D, TILE, GATHER=False, STAGES=STAGES)
-    tl.store(OUT + queries * D + offset, (acc / l_i[:, None]).to(q.dtype))
-    tl.store(LSE + queries + t, m_i + tl.log2(l_i))
+    tl.store(OUT + q_row0 * D + offset, (acc / l_i[:, None]).to(q.dtype))
+    tl.store(LSE + q_row0 + t, m_i + tl.log2(l_i))
 
 
 # -- backward, queries: dq
@@ -374,20 +397,22 @@ def _dq_loop(dq, q, do, lse, delta, K, V, FAR, lo, hi, D: tl.constexpr, TILE: tl
              GATHER: tl.constexpr, STAGES: tl.constexpr):
     """Adds to dq (not scaled) of BLOCK queries what the keys [lo, hi) of each contribute."""
     scale: tl.constexpr = D ** -0.5 * LOG2E
-    tiles = _count_tiles(lo, hi, TILE)
+    cut = _count_tiles(lo, hi, TILE)
     for MASKED in tl.static_range(2):
-        for i in tl.range(0, _n_tiles(tiles, MASKED), num_stages=STAGES):
-            entry, row = _tile_entries(i, tiles, TILE, MASKED)
+        for i in tl.range(0, _n_tiles(cut, MASKED), num_stages=STAGES):
+            entry, to_load = _tile_entries(i, cut, TILE, MASKED)
             if GATHER:
-                row = tl.load(FAR + row)
+                row = tl.load(FAR + to_load)
+            else:
+                row = to_load
             offset = row[:, None] * D + tl.arange(0, D)
             k = tl.load(K + offset)  # (TILE, D)
             v = tl.load(V + offset)
-            s = _dot(q, tl.trans(k))  # (BLOCK, TILE)
+            qk = _dot(q, tl.trans(k))  # (BLOCK, TILE)
             if MASKED:
                 visible = (entry >= lo[:, None]) & (entry < hi[:, None])
-                s = tl.where(visible, s, float("-inf"))
-            p = tl.exp2(s * scale - lse[:, None])
+                qk = tl.where(visible, qk, float("-inf"))
+            p = tl.exp2(qk * scale - lse[:, None])
             dp = _dot(do, tl.trans(v))
             ds = p * (dp - delta[:, None])
             dq += _dot(ds.to(k.dtype), k)
@@ -403,7 +428,7 @@ def _backward_dq(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, DO, DELTA, DQ, DQ_
     bh, t = _query_block(Tq, BLOCK)
     t = tl.minimum(t, Tq - 1)
     b = bh // H
-    queries = bh * Tq  # rows before this head's
+    q_row0 = bh * Tq  # the head's first row
     FAR += b * S
     K += bh * Tk * D
     V += bh * Tk * D
@@ -411,28 +436,39 @@ def _backward_dq(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, DO, DELTA, DQ, DQ_
         START + b * Tq, STOP + b * Tq, t, Tq, Tk, window, sinks, HAS_Q_SINK)
 
     offset = t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
-    do = tl.load(DO + queries * D + offset)
-    out = tl.load(OUT + queries * D + offset)
+    do = tl.load(DO + q_row0 * D + offset)
+    out = tl.load(OUT + q_row0 * D + offset)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(DELTA + queries + t, delta)  # for dk and dv
-    lse = tl.load(LSE + queries + t)
-    q = tl.load(Q_SINK + queries * D + offset)
+    tl.store(DELTA + q_row0 + t, delta)  # for dk and dv
+    lse = tl.load(LSE + q_row0 + t)
+    q = tl.load(Q_SINK + q_row0 * D + offset)
     dq = tl.zeros([BLOCK, D], tl.float32)
     dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
                   D, SINK_TILE, GATHER=True, STAGES=1)
     if HAS_Q_SINK:
-        tl.store(DQ_SINK + queries * D + offset, (dq * D ** -0.5).to(q.dtype))
+        tl.store(DQ_SINK + q_row0 * D + offset, (dq * D ** -0.5).to(q.dtype))
         dq = tl.zeros([BLOCK, D], tl.float32)
-        q = tl.load(Q + queries * D + offset)
+        q = tl.load(Q + q_row0 * D + offset)
     # the window before the far list: the other way around takes more registers
     dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, near_lo, near_hi,
                   D, TILE, GATHER=False, STAGES=STAGES)
     dq = _dq_loop(dq, q, do, lse, delta, K, V, FAR, far_lo, far_hi,
                   D, TILE, GATHER=True, STAGES=FAR_STAGES)
-    tl.store(DQ + queries * D + offset, (dq * D ** -0.5).to(q.dtype))
+    tl.store(DQ + q_row0 * D + offset, (dq * D ** -0.5).to(q.dtype))
 
 
 # -- backward, keys: dk and dv
+#
+# Entry e of far is seen by the queries [FIRST_QUERY[e], END_QUERY[e]): from the first whose stop
+# exceeds e, up to the first whose start exceeds e; a sink is seen to the end. An entry that the cap
+# or the horizon hides before it leaves the window is seen by no query: its END_QUERY is raised to
+# its FIRST_QUERY. ENTRY[row] is the entry of far that stands at a key row, -1 if there is none or
+# if it never leaves a window. The example of `sep_cache.py`, the text `a,b.cd`:
+#
+#     far          0  1  3        query, or key row   0  1  2  3  4  5
+#     FIRST_QUERY  2  3  5        stop                0  0  1  2  2  3
+#     END_QUERY    6  5  6        start               1  1  1  1  1  2
+#                                 ENTRY               0  1 -1  2 -1 -1
 
 @jit
 def _dkdv_loop(dk, dv, k, v, Q, DO, LSE, DELTA, lo, hi, split, num_splits,
@@ -442,20 +478,20 @@ def _dkdv_loop(dk, dv, k, v, Q, DO, LSE, DELTA, lo, hi, split, num_splits,
     Of `num_splits` programs that share these queries this is number `split`.
     """
     scale: tl.constexpr = D ** -0.5 * LOG2E
-    tiles = _count_tiles(lo, hi, TILE)
+    cut = _count_tiles(lo, hi, TILE)
     for MASKED in tl.static_range(2):
-        for i in tl.range(split, _n_tiles(tiles, MASKED), num_splits, num_stages=STAGES):
-            query, t = _tile_entries(i, tiles, TILE, MASKED)
-            offset = t[:, None] * D + tl.arange(0, D)
+        for i in tl.range(split, _n_tiles(cut, MASKED), num_splits, num_stages=STAGES):
+            query, to_load = _tile_entries(i, cut, TILE, MASKED)
+            offset = to_load[:, None] * D + tl.arange(0, D)
             q = tl.load(Q + offset)  # (TILE, D)
             do = tl.load(DO + offset)
-            lse = tl.load(LSE + t)
-            delta = tl.load(DELTA + t)
-            sT = _dot(k, tl.trans(q))  # (BLOCK, TILE)
+            lse = tl.load(LSE + to_load)
+            delta = tl.load(DELTA + to_load)
+            qkT = _dot(k, tl.trans(q))  # (BLOCK, TILE)
             if MASKED:
                 visible = (query >= lo[:, None]) & (query < hi[:, None])
-                sT = tl.where(visible, sT, float("-inf"))
-            pT = tl.exp2(sT * scale - lse[None, :])
+                qkT = tl.where(visible, qkT, float("-inf"))
+            pT = tl.exp2(qkT * scale - lse[None, :])
             dv += _dot(pT.to(do.dtype), do)
             dpT = _dot(v, tl.trans(do))
             dsT = pT * (dpT - delta[None, :])
@@ -467,8 +503,17 @@ def _dkdv_loop(dk, dv, k, v, Q, DO, LSE, DELTA, lo, hi, split, num_splits,
 def _far_blocks(n_far, sinks, far_programs, BLOCK: tl.constexpr):
     """How the programs of a head share the n_far entries of far that some query sees.
 
-    Sinks have blocks of their own, since they have other queries. There are programs for S entries,
-    and most lists are much shorter: up to MAX_SPLITS programs share the queries of a block.
+    The entries are cut into blocks. Sinks have blocks of their own, since their query is q_sink and
+    they are seen to the end. There are far_programs = cdiv(S, BLOCK) + 1 programs, which is at
+    least the number of blocks, and most lists are much shorter than S: so num_splits programs
+    share the queries of a block, 1 to MAX_SPLITS. Split j of block b is program num_splits * b + j.
+    Program i writes its sums to the head's rows [i * BLOCK, (i + 1) * BLOCK) of DK_FAR and DV_FAR.
+    With BLOCK 4, 2 sinks, 6 entries and 5 programs, num_splits is 2 (- repeats the last entry):
+
+        program    0         1         2         3         4
+        block      0         0         1         1         none
+        entries    0 1 - -   0 1 - -   2 3 4 5   2 3 4 5   not written
+                   sinks               far tokens
     """
     n_sinks = tl.minimum(n_far, sinks)
     n_sink_blocks = tl.cdiv(n_sinks, BLOCK)
@@ -484,16 +529,16 @@ def _backward_dkdv_far(Q, Q_SINK, K, V, FAR, STOP, FIRST_QUERY, END_QUERY, LSE, 
                        STAGES: tl.constexpr):
     """What a share of the queries that see BLOCK entries of far add to dk and dv, in float32.
 
-    Entry e is seen by the queries [FIRST_QUERY[e], END_QUERY[e]). Program i of a head writes rows
-    [i * BLOCK, (i + 1) * BLOCK) of DK_FAR and DV_FAR. No two programs write the same row, so
-    nothing has to be zeroed, nothing is added atomically, and every run gives the same gradients.
+    Which entries, which share of their queries, and where the sums go: see the picture at
+    `_far_blocks`. No two programs write the same row, so nothing has to be zeroed, nothing is added
+    atomically, and every run gives the same gradients.
     """
     n_heads = tl.num_programs(0) // far_programs
     bh = (tl.program_id(0) % n_heads).to(tl.int64)  # sinks of all heads first: they take longest
     i = tl.program_id(0) // n_heads
     b = bh // H
-    queries = bh * Tq
-    keys = bh * Tk
+    q_row0 = bh * Tq  # the head's first rows
+    k_row0 = bh * Tk
     n_far = tl.load(STOP + b * Tq + Tq - 1)
     n_sinks, n_sink_blocks, n_blocks, num_splits = _far_blocks(n_far, sinks, far_programs, BLOCK)
     block = i // num_splits
@@ -502,29 +547,29 @@ def _backward_dkdv_far(Q, Q_SINK, K, V, FAR, STOP, FIRST_QUERY, END_QUERY, LSE, 
         return
 
     if block < n_sink_blocks:
-        QUERIES = Q_SINK
-        entry = block * BLOCK
+        Q_BLOCK = Q_SINK
+        first_entry = block * BLOCK
         end = n_sinks
     else:
-        QUERIES = Q
-        entry = n_sinks + (block - n_sink_blocks) * BLOCK
+        Q_BLOCK = Q
+        first_entry = n_sinks + (block - n_sink_blocks) * BLOCK
         end = n_far
     # entries past the end repeat the last one; nobody reads their sums
-    entry = tl.minimum(entry + tl.arange(0, BLOCK), end - 1)
+    entry = tl.minimum(first_entry + tl.arange(0, BLOCK), end - 1)
     row = tl.load(FAR + b * S + entry)
     lo = tl.load(FIRST_QUERY + b * S + entry)
     hi = tl.load(END_QUERY + b * S + entry)
     offset = row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
-    k = tl.load(K + keys * D + offset)
-    v = tl.load(V + keys * D + offset)
+    k = tl.load(K + k_row0 * D + offset)
+    v = tl.load(V + k_row0 * D + offset)
     dk = tl.zeros([BLOCK, D], tl.float32)
     dv = tl.zeros([BLOCK, D], tl.float32)
-    dk, dv = _dkdv_loop(dk, dv, k, v, QUERIES + queries * D, DO + queries * D, LSE + queries,
-                        DELTA + queries, lo, hi, split, num_splits, D, TILE, STAGES)
-    sums = (bh * far_programs + i) * BLOCK
-    offset = tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, D)
-    tl.store(DK_FAR + sums * D + offset, dk)
-    tl.store(DV_FAR + sums * D + offset, dv)
+    dk, dv = _dkdv_loop(dk, dv, k, v, Q_BLOCK + q_row0 * D, DO + q_row0 * D, LSE + q_row0,
+                        DELTA + q_row0, lo, hi, split, num_splits, D, TILE, STAGES)
+    sum_row0 = (bh * far_programs + i) * BLOCK
+    sum_offset = tl.arange(0, BLOCK)[:, None] * D + tl.arange(0, D)
+    tl.store(DK_FAR + sum_row0 * D + sum_offset, dk)
+    tl.store(DV_FAR + sum_row0 * D + sum_offset, dv)
 
 
 @jit
@@ -541,45 +586,42 @@ def _backward_dkdv_near(Q, K, V, STOP, ENTRY, LSE, DO, DELTA, DK, DV, DK_FAR, DV
                         H, Tq, Tk, window, sinks, far_programs,
                         D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
                         STAGES: tl.constexpr):
-    """dk and dv of BLOCK key rows: the sums of the far pass, and what the queries near them add.
-
-    ENTRY (B, Tk): the entry of far that stands at a key row, -1 if it never leaves a window.
-    """
+    """dk and dv of BLOCK key rows: the sums of the far pass, and what the queries near them add."""
     n_blocks = tl.cdiv(Tk, BLOCK)
     bh = (tl.program_id(0) // n_blocks).to(tl.int64)
     b = bh // H
-    queries = bh * Tq
-    keys = bh * Tk
+    q_row0 = bh * Tq  # the head's first rows
+    k_row0 = bh * Tk
     row = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)
     row = tl.minimum(row, Tk - 1)
-    # dk and dv begin with the sums of the far pass
+    # dk and dv begin with the sums of the far pass: see the picture at `_far_blocks`
     n_far = tl.load(STOP + b * Tq + Tq - 1)
     n_sinks, n_sink_blocks, _, num_splits = _far_blocks(n_far, sinks, far_programs, BLOCK)
     entry = tl.load(ENTRY + b * Tk + row)
     is_far = entry >= 0
-    # sinks fill up their last block, so far tokens begin at a block of their own
-    slot = tl.where(entry < n_sinks, entry, entry - n_sinks + n_sink_blocks * BLOCK)
-    sum_row = slot // BLOCK * num_splits * BLOCK + slot % BLOCK
-    offset = sum_row[:, None] * D + tl.arange(0, D)
-    sums = bh * far_programs * BLOCK
-    dk = _add_splits(DK_FAR + sums * D + offset, num_splits, is_far, BLOCK, D)
-    dv = _add_splits(DV_FAR + sums * D + offset, num_splits, is_far, BLOCK, D)
+    # the entry's place if every block had one split; the last block of sinks is filled up
+    place = tl.where(entry < n_sinks, entry, entry - n_sinks + n_sink_blocks * BLOCK)
+    sum_row = place // BLOCK * num_splits * BLOCK + place % BLOCK  # of split 0
+    sum_offset = sum_row[:, None] * D + tl.arange(0, D)
+    sum_row0 = bh * far_programs * BLOCK
+    dk = _add_splits(DK_FAR + sum_row0 * D + sum_offset, num_splits, is_far, BLOCK, D)
+    dv = _add_splits(DV_FAR + sum_row0 * D + sum_offset, num_splits, is_far, BLOCK, D)
 
     offset = row[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
-    k = tl.load(K + keys * D + offset)
-    v = tl.load(V + keys * D + offset)
+    k = tl.load(K + k_row0 * D + offset)
+    v = tl.load(V + k_row0 * D + offset)
     t = row - (Tk - Tq)  # the query that stands at each key row; negative before the first
     lo = tl.maximum(t, 0)
     hi = tl.minimum(t + window, Tq)
-    dk, dv = _dkdv_loop(dk, dv, k, v, Q + queries * D, DO + queries * D, LSE + queries,
-                        DELTA + queries, lo, hi, 0, 1, D, TILE, STAGES)
-    tl.store(DK + keys * D + offset, (dk * D ** -0.5).to(k.dtype))
-    tl.store(DV + keys * D + offset, dv.to(v.dtype))
+    dk, dv = _dkdv_loop(dk, dv, k, v, Q + q_row0 * D, DO + q_row0 * D, LSE + q_row0,
+                        DELTA + q_row0, lo, hi, 0, 1, D, TILE, STAGES)
+    tl.store(DK + k_row0 * D + offset, (dk * D ** -0.5).to(k.dtype))
+    tl.store(DV + k_row0 * D + offset, dv.to(v.dtype))
 
 
 # -- sizes and launches
 
-class Tile(NamedTuple):
+class LaunchSize(NamedTuple):
     block: int  # queries (forward, dq) or keys (dk and dv) of a program
     tile: int  # keys or queries of one step of its loop
     num_warps: int
@@ -588,36 +630,41 @@ class Tile(NamedTuple):
     maxnreg: int | None = None  # registers per thread, at most, so that more programs fit on an SM
 
 
-class Tiles(NamedTuple):
-    forward: Tile
-    dq: Tile
-    dkdv: Tile
+class LaunchSizes(NamedTuple):
+    forward: LaunchSize
+    dq: LaunchSize
+    dkdv: LaunchSize
 
 
-# what compiles without spilled registers; `experiments/RESULTS.md` says how they were chosen
-HOPPER = {
-    64: Tiles(Tile(128, 64, 4, 3, 5), Tile(64, 64, 4, 3, 5, maxnreg=168), Tile(64, 64, 4, 3, 5)),
-    128: Tiles(Tile(128, 64, 8, 3, 5), Tile(128, 64, 8, 3, 5), Tile(64, 32, 4, 3, 5)),
+# by D: sizes that spill no registers; `experiments/RESULTS.md` says how they were chosen
+LARGE_SHARED_MEMORY = {  # 227 KB on an SM: Hopper and the Blackwell of data centers
+    64: LaunchSizes(LaunchSize(128, 64, 4, 3, 5), LaunchSize(64, 64, 4, 3, 5, maxnreg=168),
+                    LaunchSize(64, 64, 4, 3, 5)),
+    128: LaunchSizes(LaunchSize(128, 64, 8, 3, 5), LaunchSize(128, 64, 8, 3, 5),
+                     LaunchSize(64, 32, 4, 3, 5)),
 }
-OTHER = {  # less shared memory, and no stage more than gains something
-    64: Tiles(Tile(128, 64, 8, 3, 3), Tile(128, 64, 8, 3, 3), Tile(64, 32, 4, 3, 3)),
-    128: Tiles(Tile(64, 64, 8, 2, 2), Tile(64, 64, 8, 2, 2), Tile(32, 64, 8, 2, 2)),
+SMALL_SHARED_MEMORY = {  # all other GPUs; no stage more than gains something
+    64: LaunchSizes(LaunchSize(128, 64, 8, 3, 3), LaunchSize(128, 64, 8, 3, 3),
+                    LaunchSize(64, 32, 4, 3, 3)),
+    128: LaunchSizes(LaunchSize(64, 64, 8, 2, 2), LaunchSize(64, 64, 8, 2, 2),
+                     LaunchSize(32, 64, 8, 2, 2)),
 }
 
 
-def _tiles(q, window):
-    """Tile sizes for queries q (B, H, Tq, D): by the generation of the device and by D."""
+def _launch_sizes(q, window):
+    """The sizes for queries q (B, H, Tq, D): by device, D, dtype, length and window."""
     Tq, D = q.shape[2:]
     if q.dtype == torch.float32 or Tq <= 32:
-        small = Tile(16, 32, max(4, D // 16), 2, 2)
-        return Tiles(small, small, small)
-    hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
-    table = HOPPER if hopper else OTHER
-    tiles = table[max(D, 64)]
-    if window < 128 and tiles.forward.block == 128:
+        small = LaunchSize(16, 32, max(4, D // 16), 2, 2)
+        return LaunchSizes(small, small, small)
+    # the interpreter has no shared memory, and takes the first table
+    large = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    table = LARGE_SHARED_MEMORY if large else SMALL_SHARED_MEMORY
+    sizes = table[max(D, 64)]
+    if window < 128 and sizes.forward.block == 128:
         # the window's staircase under 128 queries would be three tiles, all masked; under 64, two
-        tiles = tiles._replace(forward=tiles.forward._replace(block=64, num_warps=4))
-    return tiles
+        sizes = sizes._replace(forward=sizes.forward._replace(block=64, num_warps=4))
+    return sizes
 
 
 @library.custom_op("nanosep::attention", mutates_args=())
@@ -629,13 +676,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, far: Tensor, start: Tensor, stop
     q, k, v, far, start, stop = (x.contiguous() for x in (q, k, v, far, start, stop))
     out = torch.empty_like(q)
     lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
-    tile = _tiles(q, window).forward
+    size = _launch_sizes(q, window).forward
     with torch.cuda.device_of(q):
-        _forward[(B * H * triton.cdiv(Tq, tile.block),)](
+        _forward[(B * H * triton.cdiv(Tq, size.block),)](
             q, q if q_sink is None else q_sink.contiguous(), k, v, far, start, stop, out, lse,
             H, Tq, Tk, S, window, sinks,
-            D=D, BLOCK=tile.block, TILE=tile.tile, STAGES=tile.stages, FAR_STAGES=tile.far_stages,
-            HAS_Q_SINK=q_sink is not None, num_warps=tile.num_warps, maxnreg=tile.maxnreg)
+            D=D, BLOCK=size.block, TILE=size.tile, STAGES=size.stages, FAR_STAGES=size.far_stages,
+            HAS_Q_SINK=q_sink is not None, num_warps=size.num_warps, maxnreg=size.maxnreg)
     return out, lse
 
 
@@ -656,42 +703,41 @@ def _attention_backward(
     dq_sink = torch.empty_like(q) if has_q_sink else q.new_empty(0)
     delta = torch.empty_like(lse)
 
-    # entry e of far is seen from the first query whose stop exceeds e up to the first whose start
-    # exceeds e; sinks are seen to the end
+    # the queries of each entry and the entry of each key row: see "backward, keys" above
     entry = torch.arange(S, dtype=torch.int32, device=q.device).expand(B, S).contiguous()
     first_query = torch.searchsorted(stop, entry, right=True, out_int32=True)  # (B, S)
     end_query = torch.searchsorted(start, entry, right=True, out_int32=True)
     end_query = torch.where(entry < sinks, Tq, torch.maximum(first_query, end_query))
-    # the entry that stands at each key row; entries that never leave a window go to column Tk
+    # entries that never leave a window go to column Tk, which is cut off
     row = torch.where(entry < stop[:, -1:], far, Tk).long()
     entry_of_row = entry.new_full((B, Tk + 1), -1).scatter_(1, row, entry)[:, :Tk].contiguous()
 
-    tiles = _tiles(q, window)
-    tile = tiles.dkdv
-    far_programs = triton.cdiv(S, tile.block) + 1  # per head; sinks may need one block more
-    dk_far = torch.empty(B * H, far_programs * tile.block, D,
+    sizes = _launch_sizes(q, window)
+    # programs of a head: one for each block of S entries, and one as sinks do not share a block
+    far_programs = triton.cdiv(S, sizes.dkdv.block) + 1
+    dk_far = torch.empty(B * H, far_programs * sizes.dkdv.block, D,
                          dtype=torch.float32, device=q.device)
     dv_far = torch.empty_like(dk_far)
     with torch.cuda.device_of(q):
         # The order of the launches is part of the algorithm: `_backward_dq` writes delta, which the
         # others read, and the near pass reads the sums that the far pass has written.
-        tile = tiles.dq
-        _backward_dq[(B * H * triton.cdiv(Tq, tile.block),)](
+        size = sizes.dq
+        _backward_dq[(B * H * triton.cdiv(Tq, size.block),)](
             q, q_sink, k, v, far, start, stop, out, lse, do, delta, dq, dq_sink,
             H, Tq, Tk, S, window, sinks,
-            D=D, BLOCK=tile.block, TILE=tile.tile, STAGES=tile.stages, FAR_STAGES=tile.far_stages,
-            HAS_Q_SINK=has_q_sink, num_warps=tile.num_warps, maxnreg=tile.maxnreg)
-        tile = tiles.dkdv
+            D=D, BLOCK=size.block, TILE=size.tile, STAGES=size.stages, FAR_STAGES=size.far_stages,
+            HAS_Q_SINK=has_q_sink, num_warps=size.num_warps, maxnreg=size.maxnreg)
+        size = sizes.dkdv
         _backward_dkdv_far[(B * H * far_programs,)](
             q, q_sink, k, v, far, stop, first_query, end_query, lse, do, delta, dk_far, dv_far,
             H, Tq, Tk, S, sinks, far_programs,
-            D=D, BLOCK=tile.block, TILE=tile.tile, STAGES=tile.stages,
-            num_warps=tile.num_warps, maxnreg=tile.maxnreg)
-        _backward_dkdv_near[(B * H * triton.cdiv(Tk, tile.block),)](
+            D=D, BLOCK=size.block, TILE=size.tile, STAGES=size.stages,
+            num_warps=size.num_warps, maxnreg=size.maxnreg)
+        _backward_dkdv_near[(B * H * triton.cdiv(Tk, size.block),)](
             q, k, v, stop, entry_of_row, lse, do, delta, dk, dv, dk_far, dv_far,
             H, Tq, Tk, window, sinks, far_programs,
-            D=D, BLOCK=tile.block, TILE=tile.tile, STAGES=tile.stages,
-            num_warps=tile.num_warps, maxnreg=tile.maxnreg)
+            D=D, BLOCK=size.block, TILE=size.tile, STAGES=size.stages,
+            num_warps=size.num_warps, maxnreg=size.maxnreg)
     return dq, dk, dv, dq_sink
 
 

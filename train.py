@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.loader import DATA_FOLDER, get_batch, load_data
+from data.loader import DATA_FOLDER, check_meta, get_batch, load_data
 from data.prepare import prepare
 from model import GPT, GPTConfig
 from sep_cache import SepConfig, option, require
@@ -52,12 +52,12 @@ class TrainConfig:
     out_dir: str = option("out", "where ckpt.pt and log.jsonl go")
     device: str = option(DEFAULT_DEVICE, DEVICE_HELP)
     batch_size: int = option(16, "sequences per step, over all devices")
-    grad_accum_steps: int = option(1, "split each batch into this many parts, to save memory")
+    grad_accum_steps: int = option(1, "split each batch into so many micro-batches, to save memory")
     max_steps: int = option(1000, "length of the training")
     learning_rate: float = option(3e-3, "peak learning rate")
     weight_decay: float = option(0.1, "of AdamW, on the matrices")
     warmup_steps: int = option(50, "steps of rising learning rate; then it falls to a tenth")
-    grad_clip: float = option(1.0, "largest norm of the gradient")
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit")
     eval_every: int = option(250, "steps between validations, each of which writes the checkpoint")
     eval_batches: int = option(16, "batches per validation")
     log_every: int = option(10, "steps between lines in the log")
@@ -72,6 +72,7 @@ class TrainConfig:
             value = getattr(self, name)
             require(minimum <= value < math.inf,
                     f"{name} is {value}, and must be at least {minimum}")
+        require(self.seed < 2 ** 64, f"seed is {self.seed}, and must be below 2 ** 64")
 
 
 # What `python train.py` alone does, by machine (Apple GPUs: as a CPU). Everything else is the
@@ -111,18 +112,28 @@ def save_checkpoint(path, model, optimizer, info):
 def load_checkpoint(path):
     """The Checkpoint in a file. ValueError in one sentence if there is no good one."""
     path = Path(path)
-    require(path.is_file(), f"there is no checkpoint {path}; train one with: python train.py")
+    if path.is_dir():
+        files = ", ".join(sorted(os.listdir(path))[:9])
+        raise ValueError(f"{path} is a folder, not a checkpoint; it holds: {files or 'nothing'}")
+    require(path.is_file(), f"there is no checkpoint {path}, and no folder of that name; train one "
+            f"with: python train.py")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             require(archive.testzip() is None, "a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         info = json.loads(state["info"])
         config = GPTConfig(**info["model_config"])
-        n_tensors = 1 + 4 * config.n_layer  # before a model of a billion layers is built
+        # checked first: a wrong n_layer would build a model that fits no memory
+        n_tensors = 1 + 4 * config.n_layer
         require(len(state["model"]) == n_tensors, "it does not hold the layers that it names")
         with torch.device("meta"):  # without memory: the tensors of the file become its weights
             model = GPT(config)
         model.load_state_dict(state["model"], assign=True)
+        torch.optim.AdamW(model.parameters()).load_state_dict(state["optimizer"])
+        TrainConfig(**fields_of(TrainConfig, info["train_config"]))
+        check_meta(info["data_meta"])
+        for key, kind in (("step", int), ("val_loss", float)):
+            require(type(info[key]) is kind, f"its {key} is {info[key]!r}")
         return Checkpoint(model, state["optimizer"], info)
     except Exception as error:  # whatever a damaged or foreign file makes the readers say
         reason = str(error) or type(error).__name__
@@ -133,7 +144,7 @@ def load_checkpoint(path):
 # ---- the training
 
 
-# The first number of a batch's seed. The others: the run's seed and the step; 0 and a counter.
+# a batch's seed is (TRAINING, cfg.seed, step) or (VALIDATION, 0, number of the batch)
 TRAINING = 0
 VALIDATION = 1
 
@@ -149,10 +160,11 @@ def train(cfg, model, data, device, resumed=None):
     is_main = rank == 0  # the process that writes the files
     train_tokens, val_tokens, meta = data
     block_size = model.config.block_size
-    n_parts = world_size * cfg.grad_accum_steps
-    require(cfg.batch_size % n_parts == 0,
+    n_micro_batches = world_size * cfg.grad_accum_steps
+    require(cfg.batch_size % n_micro_batches == 0,
             f"batch_size {cfg.batch_size} does not divide by {world_size} processes x "
-            f"grad_accum_steps {cfg.grad_accum_steps}; make it a multiple of {n_parts}")
+            f"grad_accum_steps {cfg.grad_accum_steps}; make it a multiple of "
+            f"{n_micro_batches}")
 
     # fused: one kernel for all weights. Apple GPUs have it only in some versions of PyTorch.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95),
@@ -169,17 +181,16 @@ def train(cfg, model, data, device, resumed=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     checkpoint_path = Path(cfg.out_dir, "ckpt.pt")
-    log_file = open_log(Path(cfg.out_dir), step) if is_main else None
     bar = tqdm(total=cfg.max_steps, initial=step, desc="training", unit="step", disable=not is_main)
     signals = catch_signals()
 
     def micro_batches(tokens, seed):
-        """This process's share of the batch that `seed` names, in grad_accum_steps parts: x, y."""
+        """This process's share of the batch that `seed` names, in grad_accum_steps pieces: x, y."""
         rng = np.random.default_rng(seed)
         x, y = get_batch(tokens, meta, cfg.batch_size, block_size, rng)
-        x_parts = x[rank::world_size].chunk(cfg.grad_accum_steps)
-        y_parts = y[rank::world_size].chunk(cfg.grad_accum_steps)
-        return zip(x_parts, y_parts, strict=True)
+        x_micro_batches = x[rank::world_size].chunk(cfg.grad_accum_steps)
+        y_micro_batches = y[rank::world_size].chunk(cfg.grad_accum_steps)
+        return zip(x_micro_batches, y_micro_batches, strict=True)
 
     @torch.no_grad()
     def evaluate():
@@ -197,8 +208,11 @@ def train(cfg, model, data, device, resumed=None):
         if not is_main:
             return
         numbers["memory_gib"] = round(peak_memory(device), 3)
-        log_file.write(json.dumps(numbers) + "\n")
-        log_file.flush()
+        try:
+            log_file.write(json.dumps(numbers) + "\n")
+            log_file.flush()
+        except OSError as error:  # the training is worth more than its log
+            tqdm.write(f"train.py: could not write {log_file.name}: {error}", file=sys.stderr)
         shown = {"loss": None, "val_loss": val_loss, **numbers}
         bar.set_postfix({name: f"{value:,.5g}" for name, value in shown.items()
                          if name not in ("step", "lr") and value is not None})
@@ -215,9 +229,12 @@ def train(cfg, model, data, device, resumed=None):
             return False
         return True
 
+    is_new = resumed is None
+    if is_new:
+        val_loss = evaluate()  # what fails at once fails here, and leaves the run before as it was
+    log_file = open_log(Path(cfg.out_dir), step, is_new) if is_main else None
     is_saved = True
-    if step == 0:
-        val_loss = evaluate()
+    if is_new:
         log(step=0, val_loss=val_loss)
         if is_main:
             is_saved = save(checkpoint_path)
@@ -237,7 +254,8 @@ def train(cfg, model, data, device, resumed=None):
             (loss / cfg.grad_accum_steps).backward()
             step_loss += loss.detach() / cfg.grad_accum_steps
 
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        if cfg.grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -319,23 +337,23 @@ def catch_signals():
     return signals
 
 
-def open_log(out_dir, step):
+def open_log(out_dir, step, is_new):
     """log.jsonl of a run that is at `step`, open for appending.
 
-    A run that starts keeps the files of the one before it as *.old. A run that goes on drops what
-    was logged after its checkpoint, and a line that was cut.
+    A new run keeps the files of the one before it as *.old. A run that goes on drops what was
+    logged after its checkpoint, and a line that was cut.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / "log.jsonl"
-    if step == 0:
+    if is_new:
         for old in (path, out_dir / "ckpt.pt"):
-            if old.exists():
+            if old.exists() and old.stat().st_size > 0:
                 os.replace(old, old.with_name(old.name + ".old"))
     elif path.exists():
         whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
+        up_to_step = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
         partial = out_dir / "log.jsonl.partial"
-        partial.write_text("".join(kept))
+        partial.write_text("".join(up_to_step))
         os.replace(partial, path)
     return open(path, "a")
 
@@ -349,6 +367,14 @@ def peak_memory(device):
     import resource  # not on Windows
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that there is too little memory, of a GPU or of the machine."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    sentences = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+    return any(sentence in str(error) for sentence in sentences)
 
 
 # ---- the command line
@@ -384,7 +410,7 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args()
         if unknown:
             name = unknown[0].split("=")[0]
-            known = [name for action in self._actions for name in action.option_strings]
+            known = [text for action in self._actions for text in action.option_strings]
             similar = difflib.get_close_matches(name, known, n=1)
             advice = f"did you mean {similar[0]}?" if similar else "--help lists them"
             self.error(f"there is no option {name}; {advice}")
@@ -463,10 +489,10 @@ def start(parser, options, device):
     if resume or init_from:
         checkpoint_path = init_from or Path(options.get("out_dir", TrainConfig.out_dir), "ckpt.pt")
         checkpoint = load_checkpoint(checkpoint_path)
+        changeable = fields_of(SepConfig, options) if init_from else {}  # they have no weights
         for name, value in fields_of(GPTConfig, options).items():
             stored = getattr(checkpoint.model.config, name)
-            may_change = init_from and name in fields_of(SepConfig, options)  # it has no weights
-            if value != stored and not may_change:
+            if value != stored and name not in changeable:
                 parser.error(f"--{name} is {stored} in {checkpoint_path} and can't be changed here")
 
     defaults = checkpoint.info["train_config"] if resume else preset
@@ -484,6 +510,10 @@ def start(parser, options, device):
             model = GPT(config)
         else:
             model = checkpoint.model
+            is_same_data = json.loads(json.dumps(meta)) == checkpoint.info["data_meta"]
+            require(is_same_data or not resume,
+                    f"the data {cfg.data} has changed since {checkpoint_path} was written; "
+                    f"--init_from accepts that")
             require(model.config.vocab_size == meta["vocab_size"],
                     f"{checkpoint_path} has a vocabulary of {model.config.vocab_size}, "
                     f"and the data {cfg.data} one of {meta['vocab_size']}")
@@ -514,14 +544,14 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         exit_code = start(parser, options, device)
-    except torch.OutOfMemoryError:
-        sys.exit("train.py: the GPU's memory is full; lower --batch_size or --block_size, "
-                 "or raise --grad_accum_steps")
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:  # while the data is prepared; later on it saves a checkpoint
-        sys.exit("train.py: stopped before the training began; nothing was written")
-    except RuntimeError as error:
+        sys.exit("train.py: stopped before the training began; out_dir is as it was")
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            sys.exit("train.py: the memory is full; lower --batch_size or --block_size, "
+                     "or raise --grad_accum_steps")
         if not dist.is_initialized():
             raise
         reason = str(error).splitlines()[0][:120]

@@ -23,12 +23,12 @@ GPT2_META = dict(vocab_size=50304, dtype="uint16", separators=GPT2_SEPARATORS,
 def load_data(name):
     """The data in the folder `name`, or in data/<name>: (train tokens, validation tokens, meta).
 
-    The tokens stay on the disk (np.memmap) and are read as they are needed.
+    The tokens stay on the disk (np.memmap). Where not every value is a token, all are read once.
     ValueError in one sentence for whatever the files hold that cannot be used.
     """
-    folder = Path(name)
-    if not (folder / "train.bin").exists():
-        folder = DATA_FOLDER / name
+    folder = DATA_FOLDER / name
+    if (Path(name) / "train.bin").exists() or not folder.is_dir():
+        folder = Path(name)
     require(folder.is_dir(), f"there is no data folder {name}; "
             f"prepare one with: python data/prepare.py --text YOUR_FILE")
     meta = load_meta(folder)

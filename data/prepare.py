@@ -42,9 +42,10 @@ def prepare(folder, source="docs", path=None, separators=SEPARATORS, seed=0):
 
     Nothing is replaced before all of it is there. Raises OSError and ValueError.
     """
+    meta = dict(vocab_size=256, dtype="uint8", separators=separator_ids(separators),
+                separators_text=separators, source=str(path.resolve()) if path else source)
+    check_folder(folder, path, meta["source"])
     folder.mkdir(parents=True, exist_ok=True)
-    meta = dict(vocab_size=256, dtype="uint8", separators=sorted(set(separators.encode())),
-                separators_text=separators, source=str(path or source))
     partial = {name: folder / (name + ".partial") for name in ("train.bin", "val.bin", "meta.json")}
     try:
         with open(partial["train.bin"], "wb") as train, open(partial["val.bin"], "wb") as val:
@@ -71,6 +72,30 @@ def prepare(folder, source="docs", path=None, separators=SEPARATORS, seed=0):
         for file in partial.values():
             file.unlink(missing_ok=True)
     print(f"{folder}: {train_size:,} bytes to train, {val_size:,} to validate", file=sys.stderr)
+
+
+def separator_ids(characters):
+    """The bytes that separate segments, if these characters do. ValueError if one is no byte."""
+    if not characters.isascii() or "\\" in characters:
+        raise ValueError(f"--separators {characters!r} must be ASCII characters without a "
+                         f"backslash; bash writes a line break as $'\\n'")
+    return sorted(set(characters.encode()))
+
+
+def check_folder(folder, path, source):
+    """ValueError if writing `folder` would harm the text at `path`, or data of another source."""
+    if path:
+        text = path.resolve()
+        is_inside = text.is_dir() and folder.resolve().is_relative_to(text)
+        is_written = text in (folder.resolve() / name for name in ("train.bin", "val.bin"))
+        if is_inside or is_written:
+            raise ValueError(f"{folder} would be read and written at once; give another --out")
+    try:
+        old_source = json.loads((folder / "meta.json").read_text())["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # there is no data, or it names no source
+    if old_source != source:
+        raise ValueError(f"{folder} holds the data of {old_source}; give another --out")
 
 
 # ---- sources: each writes bytes into two open files
@@ -179,12 +204,16 @@ def main():
     parser.add_argument("--out", type=Path, metavar="FOLDER",
                         help="folder to write (default: data/<source>, or data/<name of the text>)")
     parser.add_argument("--separators", default=SEPARATORS, metavar="CHARACTERS",
-                        help="the characters that separate segments (default: . , ? ! ; : and line "
-                             "breaks)")
+                        help="the characters that separate segments, in ASCII; a line break in "
+                             "bash: $'.,\\n' (default: . , ? ! ; : and line breaks)")
     parser.add_argument("--seed", type=int, default=0, help="of the recall ledgers (default: 0)")
     args = parser.parse_args()
     if args.text and not args.text.exists():
         parser.error(f"--text {args.text} does not exist; give a file or a folder")
+    try:
+        separator_ids(args.separators)
+    except ValueError as error:
+        parser.error(str(error))
     name = args.text.resolve().stem if args.text else args.source
     folder = args.out or Path(__file__).parent / name
     try:
@@ -192,7 +221,7 @@ def main():
     except (OSError, ValueError) as error:
         sys.exit(f"prepare.py: could not prepare {args.text or args.source}: {error}")
     except KeyboardInterrupt:
-        sys.exit("prepare.py: stopped, nothing was written")
+        sys.exit("prepare.py: stopped; the data is as it was")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python experiments/cpu_speed.py                    all tables, about half an hour
     python experiments/cpu_speed.py --only decoding    one of them
 
-Whatever is compared takes turns in one process, in float32, on `--threads` threads (default 1);
-medians. Decoding is compared with Hugging Face's library, which only experiments ask for:
-`pip install transformers`.
+In attention, decoding, scoring and pretrained, what is compared takes turns in one process, in
+float32, on `--threads` threads (default 1; pretrained: 1 and all); medians. Training and busy are
+runs of train.py and sample.py. Decoding is compared with Hugging Face's library, which only
+experiments ask for: `pip install transformers`.
 """
 import argparse
 import json
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -154,21 +154,22 @@ def decoding(threads):
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts what launches a kernel on a GPU: operations but for views and empty conversions."""
-    VIEWS = {"view", "_unsafe_view", "transpose", "permute", "t", "select", "slice", "unsqueeze",
-             "expand", "unbind", "detach", "alias", "squeeze", "split", "empty", "empty_like",
-             "promote_types"}
+    """Counts what launches a kernel on a GPU: whatever computes new values, or writes in place."""
 
     def __init__(self):
         super().__init__()
-        self.counts = Counter()
+        self.count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
         name = operation.overloadpacket.__name__
-        is_no_op = name == "to" and result is args[0]
-        if name not in self.VIEWS and not is_no_op:
-            self.counts[name] += 1
+        first = result[0] if isinstance(result, (tuple, list)) else result
+        if not isinstance(first, torch.Tensor) or name.startswith("empty"):
+            return result
+        memory = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        is_view = first.untyped_storage().data_ptr() in memory
+        if not is_view or name.endswith("_"):
+            self.count += 1
         return result
 
 
@@ -181,7 +182,7 @@ def count_operations(n_layer):
         with OperationCounter() as counter:
             logits, _ = model(ids[:, :1], cache=cache)
             sample_token(logits[:, -1], 1.0, None)
-    return sum(counter.counts.values())
+    return counter.count
 
 
 def busy(threads):
@@ -193,9 +194,11 @@ def busy(threads):
         alone = stream_speed(f"{folder}/ckpt.pt")
         others = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
                   for _ in range(os.cpu_count())]
-        crowded = stream_speed(f"{folder}/ckpt.pt")
-        for process in others:
-            process.kill()
+        try:
+            crowded = stream_speed(f"{folder}/ckpt.pt")
+        finally:
+            for process in others:
+                process.kill()
     table(("alone", "busy machine", "kept"), [(alone, crowded, f"{crowded / alone:.0%}")])
 
 
@@ -228,7 +231,7 @@ def scoring(threads):
     table(runs, [[f"{ids.shape[1] / value:,.0f}" for value in seconds.values()]])
 
 
-def llama(threads):
+def pretrained(threads):
     """Tokens per second of random weights in SmolLM2-135M's shape: `llama.py`, and Hugging Face's
     generate, float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -266,7 +269,7 @@ def llama(threads):
 
 
 TABLES = {"attention": attention, "training": training, "decoding": decoding, "busy": busy,
-          "scoring": scoring, "llama": llama}
+          "scoring": scoring, "pretrained": pretrained}
 
 
 def main():

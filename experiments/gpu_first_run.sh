@@ -29,17 +29,18 @@ step() {
     fi
     echo "== $name, at most $limit s"
     timeout -k 10 "$limit" bash -c "$3" 2>&1 | tee "$out/$name.log"
-    echo "== $name: exit code ${PIPESTATUS[0]} after $((SECONDS - begin)) s" | tee -a "$out/$name.log"
+    local code=${PIPESTATUS[0]}
+    echo "== $name: exit code $code after $((SECONDS - begin)) s" | tee -a "$out/$name.log"
 }
 
-step five 120 "nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv
+step smoke 120 "nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv
 python -m pytest -v tests/test_kernel.py -k 'every_run or library or graph_break or streams'"
 
 step kernel_tests 240 "python -m pytest -v --durations=5 tests/test_kernel.py"
 
 step table 480 "python experiments/kernel_speed.py"
 
-# candidates for the tables HOPPER and OTHER of sep_kernel.py; the first line is what stands there
+# candidates for the tables of launch sizes in sep_kernel.py; the first line is what stands there
 case="python experiments/kernel_speed.py --T 65536 --every 10 --max_seps 1024 --sep_alone"
 step tiles 240 "$case
 for tile in 128,64,4,3,5,168 128,64,8,3,5,128 64,64,4,3,5 128,64,4,3,3; do
@@ -66,11 +67,13 @@ step train_full 180 "python train.py --attn full --max_steps 300 --out_dir $out/
 step decode 120 "for n in 1 64; do
     for attn in sep full; do
         echo \"\$attn, batch \$n\"
-        python sample.py --ckpt $out/\$attn/ckpt.pt --num_samples \$n --max_new_tokens 2000 | tail -c 300
+        python sample.py --ckpt $out/\$attn/ckpt.pt --num_samples \$n \
+            --max_new_tokens 2000 | tail -c 300
     done
 done"
 
-step score 150 "while (( \$(cat $out/text.bin 2>/dev/null | wc -c) < 4000001 )); do
+step score 150 "[ -s data/docs/train.bin ] || exit 1
+while (( \$(cat $out/text.bin 2>/dev/null | wc -c) < 4000001 )); do
     cat data/docs/train.bin >> $out/text.bin
 done
 head -c 4000001 $out/text.bin > $out/text_4m.bin
@@ -81,8 +84,8 @@ python sample.py --ckpt $out/sep/ckpt.pt --score $out/text_4m.bin"
 step long 240 "for T in 16384 65536; do
     for attn in full sep; do
         echo \"\$attn, block_size \$T\"
-        timeout 60 python train.py --attn \$attn --n_layer 12 --n_head 12 --n_embd 768 --block_size \$T \
-            --window 256 --max_seps 1024 --batch_size 1 --max_steps 20 --eval_every 20 --eval_batches 1 \
-            --compile false --out_dir $out/long-\$attn-\$T
+        timeout 60 python train.py --attn \$attn --n_layer 12 --n_head 12 --n_embd 768 \
+            --block_size \$T --window 256 --max_seps 1024 --batch_size 1 --max_steps 20 \
+            --eval_every 20 --eval_batches 1 --compile false --out_dir $out/long-\$attn-\$T
     done
 done"

@@ -2,7 +2,7 @@
 
     python experiments/kernel_speed.py                               the table, in 8 minutes
     python experiments/kernel_speed.py --T 16384 --every 10 --max_seps 1024      one case of it
-    python experiments/kernel_speed.py --T 16384 --forward 128,64,4,3,5,168      other tiles
+    python experiments/kernel_speed.py --T 16384 --forward 128,64,4,3,5,168      other sizes
 
 bf16, B 1, H 12, window 256, 4 sinks. Separators are every n-th token (--every n), or those of
 English bytes (--every 0): 4.7 % of all, distances drawn from a seed with the mean, the spread and
@@ -159,9 +159,9 @@ def measure_case(T, every, max_seps, D, sep_alone):
     print(f"{time.perf_counter() - begin:.0f} s", file=sys.stderr)
 
 
-def tile_sizes(text):
-    """"128,64,4,3,5" -> Tile: block, tile, warps, stages, far_stages and, if given, maxnreg."""
-    return sep_kernel.Tile(*(int(number) for number in text.split(",")))
+def launch_size(text):
+    """"128,64,4,3,5": block, tile, warps, stages, far_stages; a sixth number would be maxnreg."""
+    return sep_kernel.LaunchSize(*(int(number) for number in text.split(",")))
 
 
 def number_or_none(text):
@@ -179,23 +179,24 @@ def main():
     parser.add_argument("--D", type=int, default=64, choices=(16, 32, 64, 128),
                         help="head size (default: 64)")
     parser.add_argument("--sep_alone", action="store_true", help="without what it is compared to")
-    for name in sep_kernel.Tiles._fields:
-        parser.add_argument(f"--{name}", type=tile_sizes, metavar="B,T,W,S,F[,R]",
-                            help=f"tile sizes of {name}: " + ", ".join(sep_kernel.Tile._fields))
+    for name in sep_kernel.LaunchSizes._fields:
+        parser.add_argument(f"--{name}", type=launch_size, metavar="B,T,W,S,F[,R]",
+                            help=f"sizes of {name}: " + ", ".join(sep_kernel.LaunchSize._fields))
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("kernel_speed.py measures on an NVIDIA GPU, and there is none here")
 
-    given = {name: getattr(args, name) for name in sep_kernel.Tiles._fields if getattr(args, name)}
-    for table in (sep_kernel.HOPPER, sep_kernel.OTHER):
+    given = {name: getattr(args, name) for name in sep_kernel.LaunchSizes._fields
+             if getattr(args, name)}
+    for table in (sep_kernel.LARGE_SHARED_MEMORY, sep_kernel.SMALL_SHARED_MEMORY):
         key = max(args.D, 64)
         table[key] = table[key]._replace(**given)
 
     versions = f"torch {torch.__version__}, triton {sep_kernel.triton.__version__}"
     print(f"{torch.cuda.get_device_name()}, {versions}: bf16, B 1, H {H}, D {args.D}, "
           f"window {WINDOW}, sinks {SINKS}")
-    for name, tile in given.items():
-        print(f"{name}: {tile}")
+    for name, size in given.items():
+        print(f"{name}: {size}")
     print("| T | separators | max_seps | pass | ms | causal ms | speed-up | of promise | TFLOP/s | "
           "flex ms | flex mask ms | GiB |")
     print("|" + " --- |" * 12, flush=True)

@@ -49,18 +49,25 @@ def test_wrong_options_are_a_sentence(full_checkpoint, data, tmp_path):
             (train, ("--max_steps", -1), "max_steps is -1"),
             (train, ("--eval_every", 0), "eval_every is 0"),
             (train, ("--learning_rate", "nan"), "learning_rate is nan"),
+            (train, ("--seed", 2 ** 64), "seed is 18446744073709551616"),
             (train, ("--resume", "--init_from", "x"), "give one of them"),
             (sample, ("--temperature", -1), "temperature is -1"),
             (sample, ("--top_k", 0), "top_k is 0"),
             (sample, ("--max_new_tokens", 0), "max_new_tokens is 0"),
             (sample, ("--window", 0), "window is 0"),
             (sample, ("--stream", "--num_samples", 2), "one text"),
+            (sample, ("--score", "x", "--num_samples", 2), "reads one text"),
+            (sample, ("--prompt", "x", "--prompt_file", "y"), "not allowed with"),
+            (sample, ("--seed", 2 ** 64), "64 bits"),
+            (sample, ("--separators", r".\n"), "$'\\n'"),
+            (sample, ("--separators", "。"), "ASCII"),
             (sample, ("--promt", "x"), "did you mean --prompt?"),
             (sep_cache, ("",), "1 to 200"),
             (sep_cache, ("x" * 201,), "1 to 200"),
             (sep_cache, ("text", "--window", 0), "window is 0"),
             (prepare, ("--text", "/nowhere"), "does not exist"),
             (prepare, ("--source", "web"), "invalid choice"),
+            (prepare, ("--separators", r".\n"), "$'\\n'"),
             (prepare, ("--txt", "x"), "unrecognized arguments: --txt x")):
         one_sentence(run(module, *common[module], *options), 2, words)
     if not torch.backends.mps.is_available():
@@ -80,12 +87,39 @@ def test_what_a_checkpoint_has_settled_cannot_be_changed(full_checkpoint, data, 
     meta = json.loads((other / "meta.json").read_text())
     (other / "meta.json").write_text(json.dumps({**meta, "vocab_size": 200}))
     one_sentence(run(train, *base, "--data", other), 2, "vocabulary of 256", "one of 200")
+    one_sentence(run(train, *resumed, "--data", other), 2, "has changed since", "--init_from")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_batch_that_cannot_be_divided_is_a_sentence(data, tmp_path):
     options = ("--data", data, "--out_dir", tmp_path, *TRAIN_SHORTLY, "--grad_accum_steps", 3)
     one_sentence(run(train, *options), 1, "batch_size 4 does not divide by 1 processes x", "of 3")
+
+
+def test_too_little_memory_is_a_sentence(full_checkpoint, data, tmp_path):
+    options = ("--data", data, "--out_dir", tmp_path / "out", *TRAIN_SHORTLY)
+    code, _, err = run(train, *options, "--batch_size", 10 ** 15)
+    assert code == 1 and "train.py: the memory is full" in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    result = run(sample, "--ckpt", full_checkpoint, "--attn", "sep", "--window", 10 ** 15)
+    one_sentence(result, 1, "the memory is full")
+
+
+def test_preparing_harms_neither_its_text_nor_other_data(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("one.txt", "train.bin"):
+        (texts / name).write_text(TEXT)
+    for text, out in ((texts, texts / "out"), (texts, texts), (texts / "train.bin", texts)):
+        result = run(prepare, "--text", text, "--out", out)
+        one_sentence(result, 1, "would be read and written at once")
+    assert len(list(texts.iterdir())) == 2 and (texts / "train.bin").read_text() == TEXT
+
+    out = tmp_path / "out"
+    for _ in range(2):  # the same text may be prepared again
+        assert run(prepare, "--text", texts / "one.txt", "--out", out)[0] == 0
+    result = run(prepare, "--text", texts / "train.bin", "--out", out)
+    one_sentence(result, 1, "holds the data of", "one.txt")
 
 
 def test_hostile_meta_is_a_sentence(tmp_path):
@@ -114,14 +148,15 @@ def test_hostile_bin_is_a_sentence(tmp_path):
     for name, train_bin, val_bin, words in (
             ("empty", b"", text, "empty"),
             ("no validation", text, None, "missing or empty"),
+            ("no training", None, text, "train.bin is missing or empty"),
             ("too short", b"ab" * 5, text, "too short"),
             ("odd", text[:-1], text, "cut"),
             ("beyond", b"\xff\xff" * 900, text, "beyond the vocabulary")):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "train.bin").write_bytes(train_bin)
-        if val_bin is not None:
-            (folder / "val.bin").write_bytes(val_bin)
+        for part, content in (("train.bin", train_bin), ("val.bin", val_bin)):
+            if content is not None:
+                (folder / part).write_bytes(content)
         result = run(train, "--data", folder, "--out_dir", tmp_path / "out", *TRAIN_SHORTLY)
         one_sentence(result, 1, words)
 
@@ -171,6 +206,10 @@ def test_damaged_checkpoint_is_a_sentence(full_checkpoint, data, tmp_path, monke
         one_sentence(result, 1, "damaged or not a checkpoint")
     assert not (tmp_path / "bomb-has-exploded").exists()
     one_sentence(run(sample, "--ckpt", tmp_path / "none.pt"), 1, "there is no checkpoint")
+    result = run(train, "--data", data, "--init_from", tmp_path)
+    one_sentence(result, 1, "is a folder, not a checkpoint; it holds: ckpt.pt")
+    one_sentence(run(sample, "--ckpt", tmp_path), 1, "it holds: ckpt.pt")
+    path.unlink()
     one_sentence(run(sample, "--ckpt", tmp_path), 1, "there is no", "config.json")
 
 
@@ -181,7 +220,10 @@ def test_foreign_checkpoints_and_bombs_inside_one_are_sentences(
     good = torch.load(full_checkpoint, weights_only=True)
     info = json.loads(good["info"])
     states = [dict(weights=1), [], {**good, "info": "{"}, {**good, "info": Bomb()},
-              {**good, "model": {}}]
+              {**good, "model": {}}, {**good, "optimizer": {}}]
+    for change in (dict(step=None), dict(val_loss=None), dict(data_meta={}), dict(data_meta=None),
+                   dict(train_config=dict(batch_size="4"))):
+        states.append({**good, "info": json.dumps({**info, **change})})
     for change in (dict(n_layer=10 ** 9), dict(n_embd="64"), dict(n_embd=64), dict(depth=1)):
         changed = {**info, "model_config": {**info["model_config"], **change}}
         states.append({**good, "info": json.dumps(changed)})
@@ -238,3 +280,4 @@ def test_hostile_prompts_and_texts_are_sentences(full_checkpoint, data, tmp_path
             ((*reads_ids, "--prompt", "one"), "the prompt must be numbers"),
             ((*reads_ids, "--score", data / "val.bin"), "beyond the vocabulary of 9")):
         one_sentence(run(sample, *options), 1, words)
+    one_sentence(run(sample, *reads_ids, "--separators", ".,"), 2, "--separators must be numbers")

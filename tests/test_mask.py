@@ -3,7 +3,9 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import model as model_module
 from sep_cache import far_layout, sees
 from sep_kernel import sep_attention
 
@@ -85,8 +87,25 @@ def test_layout_has_static_shapes_and_never_decreases(seed, tiny):
     assert far_layout(ids, tiny(attn="full")) is None
 
 
-def test_unknown_impl_is_refused(tiny):
+def test_unknown_impls_and_mixed_dtypes_are_refused(tiny):
     x = torch.zeros(1, 1, 1, 16)
     layout = far_layout(torch.zeros(1, 1, dtype=torch.int64), tiny())
     with pytest.raises(ValueError, match="impl is 'cuda'"):
         sep_attention(x, x, x, layout, 1, impl="cuda")
+    with pytest.raises(ValueError, match="float32, torch.float32 and torch.bfloat16, and must"):
+        sep_attention(x, x, x.bfloat16(), layout, 1)
+
+
+def test_attention_gets_one_dtype_where_autocast_norms_in_float32(tiny, monkeypatch):
+    """As on a GPU, where autocast gives rms_norm a float32 result."""
+    dtypes = []
+
+    def attend(q, k, v, *rest):
+        dtypes.append({q.dtype, k.dtype, v.dtype})
+        return q
+
+    monkeypatch.setattr(model_module, "norm", lambda x: F.rms_norm(x.float(), x.shape[-1:]))
+    monkeypatch.setattr(model_module, "attend", attend)
+    with torch.autocast("cpu", torch.bfloat16):
+        model_module.GPT(tiny())(torch.zeros(1, 40, dtype=torch.int64))
+    assert dtypes == [{torch.bfloat16}] * 2

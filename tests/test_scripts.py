@@ -22,7 +22,7 @@ import sample
 import sep_cache
 import train
 from data import prepare
-from model import sample_token
+from model import GPT, sample_token
 from train import TrainConfig, get_lr, load_checkpoint
 
 
@@ -164,6 +164,13 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_a_tenth_of_it():
     assert get_lr(0, without_warmup) == pytest.approx(0.2)
 
 
+def test_grad_clip_0_is_no_limit(data, tmp_path):
+    for grad_clip in (0, 1e9):
+        trains("--data", data, "--out_dir", tmp_path / str(grad_clip), "--grad_clip", grad_clip,
+               "--max_steps", 3, *SHAPE)
+    assert losses_of(tmp_path / "0") == losses_of(tmp_path / "1000000000.0")
+
+
 def test_same_seed_same_losses_other_seed_other_losses(data, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         trains("--data", data, "--out_dir", tmp_path / name, "--seed", seed, "--max_steps", 10,
@@ -267,6 +274,18 @@ def test_a_new_run_keeps_the_one_before(data, tmp_path):
     assert load_checkpoint(tmp_path / "ckpt.pt").info["step"] == 2
 
 
+def test_a_run_that_fails_at_once_moves_nothing(data, tmp_path):
+    trains("--data", data, "--out_dir", tmp_path, "--max_steps", 0, *SHAPE)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    code, _, _ = run(train, "--data", data, "--out_dir", tmp_path, *SHAPE, "--batch_size", 10 ** 15)
+    assert code == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    trains("--resume", "--out_dir", tmp_path, "--max_steps", 1)  # from step 0
+    assert [line["step"] for line in log_of(tmp_path)] == [0, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "log.jsonl"]
+
+
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(data, tmp_path):
     code, _, err = run(train, "--data", data, "--out_dir", tmp_path, "--max_steps", 40,
                        "--learning_rate", "1e38", "--grad_clip", "1e38", *SHAPE)
@@ -300,6 +319,14 @@ def test_a_folder_that_cannot_be_written_loses_nothing(full_checkpoint, tmp_path
     assert code == 1 and load_checkpoint(rescued).info["step"] == 60
     assert (out_dir / "ckpt.pt").read_bytes() == before
     rescued.unlink()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_log_that_cannot_be_written_does_not_end_the_training(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "open_log", lambda *args: open("/dev/full", "a"))
+    err = trains("--data", data, "--out_dir", tmp_path, "--max_steps", 2, *SHAPE)
+    assert "could not write /dev/full" in err
+    assert load_checkpoint(tmp_path / "ckpt.pt").info["step"] == 2
 
 
 def test_peak_memory_knows_the_units_of_linux_and_macos(monkeypatch):
@@ -395,6 +422,31 @@ def test_score_is_the_dense_forwards_perplexity(full_checkpoint, data, tmp_path)
             assert printed == pytest.approx(share, abs=1e-4)
         else:
             assert 8 / 1192 < printed < (n_so_far.clamp(max=8 + 4 + 5) / n_so_far).mean().item()
+
+
+def test_a_diverged_models_perplexity_is_inf(full_checkpoint, data, tmp_path):
+    state = torch.load(full_checkpoint, weights_only=True)
+    state["model"]["embed.weight"] *= 1e5
+    torch.save(state, tmp_path / "ckpt.pt")
+    out, err = samples("--ckpt", tmp_path / "ckpt.pt", "--score", data / "val.bin")
+    assert out.splitlines()[-1].split("|")[2].strip() == "inf" and "Warning" not in err
+
+
+def test_ctrl_c_prints_the_samples_and_the_score_so_far(full_checkpoint, data, monkeypatch):
+    def generate(model, ids, *options):
+        yield from [torch.tensor([ord("x")])] * 3
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    assert samples("--ckpt", full_checkpoint, "--prompt", "It")[0] == "Itxxx\n---\n"
+
+    def key_shares_and_a_signal(*args, key_shares=sample.key_shares):
+        signal.raise_signal(signal.SIGINT)
+        return key_shares(*args)
+
+    monkeypatch.setattr(sample, "key_shares", key_shares_and_a_signal)
+    out, _ = samples("--ckpt", full_checkpoint, "--score", data / "train.bin")
+    assert out.splitlines()[-1].startswith("| all 512 |")
 
 
 def test_stream_ends_with_a_summary_on_ctrl_c_and_quietly_on_a_closed_pipe(full_checkpoint):

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, rope_cos_sin, rope_frequencies, rotations
+import model as model_module
+import sep_cache
+from model import GPT, forward_cos_sin, rope_cos_sin, rope_frequencies
 from sep_cache import SepCache
 from test_mask import definition_mask
 
@@ -109,10 +111,10 @@ def test_no_key_is_used_at_an_untrained_distance(seed, tiny):
     hidden[0, 2:60 - 8] = torch.randint(12, (50,))  # all at a distance of block_size or more
     assert (model(ids)[0][0, -1] - model(hidden)[0][0, -1]).abs().max() < 1e-12
     frequencies = rope_frequencies(8, 10000.0, torch.device("cpu"))
-    cos_sin, sink_cos_sin = rotations(torch.arange(60), frequencies, torch.float64, config)
-    for turn, sink_turn in zip(cos_sin, sink_cos_sin, strict=True):
-        assert torch.equal(turn[:8], sink_turn[:8])
-        assert (sink_turn[8:] == turn[7]).all()
+    cos_sin, sink_cos_sin = forward_cos_sin(torch.arange(60), frequencies, torch.float64, config)
+    for expected, sink in zip(cos_sin, sink_cos_sin, strict=True):
+        assert torch.equal(expected[:8], sink[:8])
+        assert (sink[8:] == expected[7]).all()
 
 
 def peak_kib():
@@ -178,12 +180,38 @@ def test_the_cache_holds_what_the_latest_token_sees(seed, tiny):
             seen = cache.kv[0, 0, 0, 0, slots, 0].long()
             mask = definition_mask(ids[0, :n_read].tolist(), config)
             assert sorted(seen.tolist()) == mask[-1].nonzero()[:, 0].tolist(), config
-            assert cache.n_rows == len(seen)
+            assert cache.n_visible_keys == len(seen)
 
 
-def test_cache_refuses_another_batch_size(tiny):
+def test_cache_refuses_another_batch_size_and_another_dtype(tiny):
+    model = GPT(tiny())
     with pytest.raises(ValueError, match="holds 2 sequences"):
-        GPT(tiny())(torch.zeros(3, 4, dtype=torch.int64), cache=SepCache(tiny(), batch_size=2))
+        model(torch.zeros(3, 4, dtype=torch.int64), cache=SepCache(tiny(), batch_size=2))
+    for T in (1, 4):
+        cache = SepCache(tiny(), dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match="holds torch.bfloat16, and got keys of torch.float32"):
+            model(torch.zeros(1, T, dtype=torch.int64), cache=cache)
+
+
+def test_a_stream_keeps_no_graph_of_its_past(tiny):
+    cache = SepCache(tiny())
+    assert cache.n_visible_keys == 0
+    model = GPT(tiny())
+    for T in (9, 1, 30):
+        model(torch.zeros(1, T, dtype=torch.int64), cache=cache)
+        assert not cache.kv.requires_grad and not cache.sink_keys.requires_grad
+
+
+def test_training_after_generating_in_one_process(tiny):
+    """What is made once, in inference mode, serves the backward pass, too."""
+    sep_cache._separator_tables.clear()
+    model_module._rope_frequencies.clear()
+    model = GPT(tiny())
+    ids = torch.randint(12, (1, 20))
+    list(model.generate(ids, 3))
+    _, loss = torch.compile(model, fullgraph=False, backend="aot_eager")(ids, ids)
+    loss.backward()
+    assert model.embed.weight.grad.isfinite().all()
 
 
 def test_position_4_000_000_is_as_precise_as_position_4():
@@ -228,6 +256,7 @@ def test_a_decoding_step_reuses_its_memory_from_the_first_token_on(seed, tiny, a
         operations.add(str(recorder.calls))
         assert state() == addresses
     assert len(operations) == 1 and len(recorder.calls) > 50
+    assert "_local_scalar_dense" not in operations.pop()  # no wait for the device
     assert int(cache.position) == cache.n_tokens == 45
 
 
