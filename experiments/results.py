@@ -3,6 +3,7 @@
     python experiments/results.py                  all of it; some five hours on two cores
     python experiments/results.py --only recall    one of the questions below
     python experiments/results.py --no_training    what the runs that are there can answer
+    python experiments/results.py --model FOLDER --text FILE    the table of a pretrained model
 
 Runs go two side by side, with one thread each. A run that is finished is not repeated, and neither
 is a loss that was measured. Tables are printed, and put into RESULTS.md between the comments that
@@ -55,6 +56,9 @@ from experiments.runs import (
     post_run,
     recall_run,
 )
+from llama import load_model, load_tokenizer
+from sample import score
+from sep_cache import SepCache
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
@@ -587,6 +591,26 @@ PARTS = {
 }
 
 
+def pretrained(folder, text):
+    """Perplexity per token and keys used of a pretrained model: `--model FOLDER --text FILE`."""
+    tokens = load_tokenizer(folder).encode_file(text)
+    model = load_model(folder)
+    weight = next(model.parameters())
+    rows = []
+    for attn in ("full", "streamingllm", "fixed", "sep"):
+        for window in (64, 128, 256, 512):
+            model.configure(attn=attn, window=window)
+            cache = SepCache(model.config, 1, weight.device, weight.dtype)
+            result = score(model, cache, tokens, weight.device)
+            perplexity = np.exp(list(result.nats.values())[-1])
+            rows.append((attn, window, f"{result.key_share:.2%}", f"{perplexity:.4f}"))
+            if attn == "full":
+                break  # it has no window
+    head = ("attn", "window", "keys used, mean over tokens", "perplexity")
+    for row in (head, ("---",) * len(head), *rows):
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -596,7 +620,17 @@ def main():
                         help="where the runs go (default: out-results)")
     parser.add_argument("--unseen", type=Path, metavar="FILE",
                         help="a text of more than 4,000,000 bytes, for the long stream")
+    parser.add_argument("--model", type=Path, metavar="FOLDER",
+                        help="instead of all this: the table of a pretrained model on --text")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="what --model reads")
     args = parser.parse_args()
+    if (args.model is None) != (args.text is None):
+        parser.error("--model and --text go together")
+    if args.model:
+        try:
+            return pretrained(args.model, args.text)
+        except (ValueError, OSError) as error:
+            sys.exit(f"results.py: {error}")
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     lab = Lab(args.out_dir, may_train=not args.no_training, unseen=args.unseen)

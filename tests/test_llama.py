@@ -600,6 +600,19 @@ def test_a_folder_samples_streams_and_scores(tmp_path, tokenizer_file, monkeypat
     assert code == 1 and "damaged or not a checkpoint" in err
 
 
+def test_the_table_of_a_pretrained_model_is_printed(tmp_path, tokenizer_file):
+    pytest.importorskip("matplotlib", reason="experiments/results.py needs it")
+    from experiments import results
+    save_with_tokenizer(tmp_path, tokenizer_file)
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    code, out, err = run(results, "--model", tmp_path, "--text", tmp_path / "text.txt")
+    assert code == 0 and len(out.splitlines()) == 2 + 1 + 3 * 4, err
+    code, _, err = run(results, "--model", tmp_path)
+    assert code == 2 and "--model and --text go together" in err
+    code, _, err = run(results, "--model", tmp_path, "--text", tmp_path / "none.txt")
+    assert code == 1 and "there is no file" in err
+
+
 def test_separators_can_be_other_characters(tmp_path, tokenizer_file, monkeypatch):
     save_with_tokenizer(tmp_path, tokenizer_file)
     configs = []
