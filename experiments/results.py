@@ -489,6 +489,21 @@ def stream(lab):
         words(sep, window, bytes(val.tolist()), found[0]["nats"], found[1]["nats"])
     table("stream", ["sep / streamingllm", "rows", "first 1,000", "to 10,000", "to 100,000",
                      "after that", "all", "difference, nats"], rows)
+    best_of_each(lab)
+
+
+def best_of_each(lab):
+    """All models over the same streams, whatever their rows: is an opponent at equal rows strong?"""
+    runs = [docs_run(attn, seed) for attn in ("sep", "streamingllm") for seed in SEEDS]
+    runs += [docs_run("streamingllm", 0, window=48)]
+    runs += [run for pair in STREAM_PAIRS[1:] for run in pair]
+    rows = []
+    for run in runs:
+        if lab.is_finished(run):
+            _, val, _ = load_data(run.data)
+            found = lab.stream(run, val, "val")
+            rows.append([run.name, f"{found['rows']:.0f}", f"{np.exp(found['nats'].mean()):.4f}"])
+    table("stream-all", ["run (data, attn, window, seed)", "rows", "perplexity"], rows)
 
 
 GAP_EDGES = (1, 32, 64, 128, 256, 512, 1024, 1 << 40)
