@@ -89,7 +89,8 @@ def stream_nats(model, tokens, chunk_size):
         logits, _ = model(ids[None, :-1], cache=cache)
         nats.append(F.cross_entropy(logits[0], ids[1:], reduction="none").numpy())
         seconds.append(time.process_time() - start)
-    return Stream(np.concatenate(nats), np.array(seconds), cache.n_visible_keys, cache.nbytes / 2**20)
+    mib = cache.nbytes / 2**20
+    return Stream(np.concatenate(nats), np.array(seconds), cache.n_visible_keys, mib)
 
 
 # ---- a forward pass whose attention can be looked at, and changed

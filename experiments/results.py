@@ -493,7 +493,7 @@ def stream(lab):
 
 
 def best_of_each(lab):
-    """All models over the same streams, whatever their rows: is an opponent at equal rows strong?"""
+    """All models over the same streams: is the opponent of equal rows a strong one?"""
     runs = [docs_run(attn, seed) for attn in ("sep", "streamingllm") for seed in SEEDS]
     runs += [docs_run("streamingllm", 0, window=48)]
     runs += [run for pair in STREAM_PAIRS[1:] for run in pair]
