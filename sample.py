@@ -273,8 +273,8 @@ def perplexity(nats):
 def key_shares(start, n_tokens, n_visible_keys):
     """Keys seen / tokens so far, for each of n_tokens from position `start` on (the paper's r.KV).
 
-    n_visible_keys: of the last of them. It stands for all of a chunk, except that no token sees more
-    keys than there are: exact for full attention and a window, close for separators.
+    n_visible_keys: of the last of them. It stands for all of a chunk, but no token sees more keys
+    than there are: exact for full attention and a window, close for separators.
     """
     n_so_far = np.arange(start + 1, start + n_tokens + 1)
     return np.minimum(n_visible_keys, n_so_far) / n_so_far
