@@ -306,7 +306,8 @@ def make_parser():
     parser = Parser(__doc__)
     parser.add_argument("--ckpt", default="out/ckpt.pt", metavar="PATH",
                         help="a checkpoint of train.py (default: out/ckpt.pt), or the folder of a\n"
-                             "pretrained model: config.json, *.safetensors, tokenizer.json")
+                             "pretrained model: config.json, *.safetensors, tokenizer.json; that\n"
+                             "one is used with --attn sep, window 256, sinks 4, max_seps 256")
     parser.add_argument("--device", default=DEFAULT_DEVICE,
                         help=f"{DEVICE_HELP}\n(default: {DEFAULT_DEVICE})")
     prompt = parser.add_mutually_exclusive_group()
@@ -329,8 +330,7 @@ def make_parser():
     parser.add_argument("--score", type=Path, metavar="FILE",
                         help="read this text as a stream and print its perplexity; token ids\n"
                              "(uint16) if the model was trained on token ids")
-    parser.add_config(SepConfig, default="the checkpoint's; a pretrained model's: "
-                                         "sep, window 256, sinks 4, max_seps 256")
+    parser.add_config(SepConfig, default="the checkpoint's")
     parser.add_argument("--separators", metavar="CHARS", default=argparse.SUPPRESS,
                         help="the characters that separate segments; a line break in bash:\n"
                              "$'.,\\n'; token ids if the model was trained on token ids\n"
