@@ -226,7 +226,7 @@ class GPT(nn.Module):
 # ---- generation
 
 
-MAX_LOGITS = 2 ** 27  # of a forward: long prompts are read in chunks, to bound memory
+MAX_LOGITS = 2 ** 27  # of a forward: long texts are read in chunks, to bound memory
 
 
 @torch.inference_mode()

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data.prepare import separator_ids
 from llama import load_model, load_tokenizer
+from model import MAX_LOGITS
 from sep_cache import SepCache, SepConfig, require
 from train import (
     DEFAULT_DEVICE,
@@ -39,7 +40,6 @@ from train import (
 )
 
 SCORE_CHUNK = {"cpu": 512, "mps": 512, "cuda": 16384}  # tokens per forward
-MAX_LOGITS = 2 ** 28  # of a forward: fewer tokens where the vocabulary is large
 ONE_THREAD_BELOW = 10_000_000  # parameters
 
 

@@ -204,7 +204,7 @@ class SepCache:
     """Keys and values of what the next tokens can still see, in slots. One layer:
 
         | sinks | separators, a ring | spare | the last `window` tokens, a ring |
-        0     sinks                n_far   n_far + 1                         n_slots
+        0     sinks                 spare_slot                               n_slots
 
     A token at position p enters the window's slot `p % window`. The token that it replaces has just
     left the window, and moves to the far slots if it is kept, else to the spare slot, which nobody
@@ -237,8 +237,9 @@ class SepCache:
         self.batch_size = batch_size
         self.n_tokens = 0
         self.is_full = config.attn == "full"
-        self.n_far = config.sinks + config.far_capacity
-        n_slots = 0 if self.is_full else self.n_far + 1 + config.window
+        self.spare_slot = config.sinks + config.far_capacity
+        self.first_window_slot = self.spare_slot + 1
+        n_slots = 0 if self.is_full else self.first_window_slot + config.window
         shape = (config.n_layer, 2, batch_size, config.n_kv_head, n_slots, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)  # 2: keys, values
         self.sink_keys = self.kv[:, 0, :, :, :config.sinks].clone()  # see `show_sinks`
@@ -347,7 +348,7 @@ class SepCache:
         B = self.batch_size
 
         # the slot of the new token, and the token that leaves the window with it
-        self.new_slot = self.n_far + 1 + position % config.window  # (1,)
+        self.new_slot = self.first_window_slot + position % config.window  # (1,)
         leaving = position - config.window  # (1,) its position
         leaving_kept = self.slot_kept.index_select(1, self.new_slot)  # (B, 1)
 
@@ -355,7 +356,7 @@ class SepCache:
         # else to the spare slot
         ring_slot = config.sinks + self.n_seps % max(config.far_capacity, 1)
         far_slot = torch.where(leaving < config.sinks, leaving, ring_slot)  # (B, 1)
-        far_slot = torch.where(leaving_kept, far_slot, self.n_far)
+        far_slot = torch.where(leaving_kept, far_slot, self.spare_slot)
         leaving_kv = self.kv.index_select(4, self.new_slot)  # (n_layer, 2, B, H, 1, D)
         self.kv.scatter_(4, far_slot.view(1, 1, B, 1, 1, 1).expand(leaving_kv.shape), leaving_kv)
         is_leaving = self.sink_position == leaving  # (sinks, 1)
@@ -372,7 +373,8 @@ class SepCache:
         # a young text has used only the first slots of the window (a graph needs fixed shapes)
         self.slots_to_read = slice(None)
         if self.n_tokens < config.window and not ids.is_cuda:
-            self.slots_to_read = slice(self.n_far + 1, self.n_far + 2 + self.n_tokens)
+            first = self.first_window_slot
+            self.slots_to_read = slice(first, first + self.n_tokens + 1)
         return SlotLayout(mask[:, None, None, self.slots_to_read])
 
     def _advance_chunk(self, ids, positions):
@@ -401,7 +403,7 @@ class SepCache:
         stop = layout.stop[:, -1:].long()
         sink_entries = torch.arange(config.sinks, device=ids.device).expand(B, -1)
         ring_entries = start + torch.arange(config.far_capacity, device=ids.device)
-        entries = torch.cat([sink_entries, ring_entries], dim=1)  # (B, n_far)
+        entries = torch.cat([sink_entries, ring_entries], dim=1)  # (B, spare_slot)
         far_rows = layout.far.long().gather(1, entries.clamp(max=layout.far.shape[1] - 1))
         far_rows = torch.where(entries < stop, far_rows, -1)  # -1: nothing
         self.n_seps.copy_(stop - start)

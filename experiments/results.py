@@ -68,12 +68,16 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 
 def table(name, head, rows):
     """Print a table, and put it into RESULTS.md between the comments that name it."""
-    lines = [head, ["---"] * len(head), *rows]
-    text = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    text = markdown(head, rows)
     print(f"\n{name}\n{text}", flush=True)
     if RESULTS.exists():
         place = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         RESULTS.write_text(place.sub(rf"\g<1>{text}\n\g<2>", RESULTS.read_text()))
+
+
+def markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def over_seeds(values, form=".4f"):
@@ -621,9 +625,7 @@ def pretrained(folder, text):
             rows.append((attn, window, f"{result.key_share:.2%}", f"{perplexity:.4f}"))
             if attn == "full":
                 break  # it has no window
-    head = ("attn", "window", "keys used, mean over tokens", "perplexity")
-    for row in (head, ("---",) * len(head), *rows):
-        print("| " + " | ".join(map(str, row)) + " |")
+    print(markdown(("attn", "window", "keys used, mean over tokens", "perplexity"), rows))
 
 
 def main():
