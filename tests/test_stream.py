@@ -6,13 +6,13 @@ import time
 
 import pytest
 import torch
+from test_mask import definition_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
 import sep_cache
 from model import GPT, forward_cos_sin, rope_cos_sin, rope_frequencies
 from sep_cache import SepCache
-from test_mask import definition_mask
 
 try:
     import resource
