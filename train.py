@@ -11,7 +11,7 @@ The one idea: nothing is random but the initial weights. The batch of a step is 
 (seed, step), so a resumed run, and each process of a parallel one, knows its data without any
 saved state. Read after `sep_kernel.py`.
 
-In this file: the configuration, checkpoints, the training loop (`train`), the command line.
+In this file: the configuration, checkpoints, the training (`Trainer`), the command line.
 """
 import argparse
 import contextlib
@@ -149,161 +149,184 @@ TRAINING = 0
 VALIDATION = 1
 
 
-def train(cfg, model, data, device, resumed=None):
-    """Train `model` to `max_steps` or to a signal; leaves ckpt.pt and log.jsonl in out_dir.
+class Trainer:
+    """Trains `model` to `max_steps` or to a signal; leaves ckpt.pt and log.jsonl in out_dir.
 
     data: what `load_data` returns. resumed: the Checkpoint to continue from, None for a new run.
-    Returns the exit code.
+    ValueError if the batch cannot be shared out.
     """
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    is_main = rank == 0  # the process that writes the files
-    train_tokens, val_tokens, meta = data
-    block_size = model.config.block_size
-    n_micro_batches = world_size * cfg.grad_accum_steps
-    require(cfg.batch_size % n_micro_batches == 0,
-            f"batch_size {cfg.batch_size} does not divide by {world_size} processes x "
-            f"grad_accum_steps {cfg.grad_accum_steps}; make it a multiple of "
-            f"{n_micro_batches}")
 
-    # fused: one kernel for all weights. Apple GPUs have it only in some versions of PyTorch.
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95),
-                                  weight_decay=cfg.weight_decay, fused=device.type != "mps")
-    step = 0
-    val_loss = None
-    if resumed is not None:
-        optimizer.load_state_dict(resumed.optimizer_state)
-        step = resumed.info["step"]
-        val_loss = resumed.info["val_loss"]
-    ddp_model = torch.compile(model) if cfg.compile else model
-    if world_size > 1:
-        ddp_model = DistributedDataParallel(ddp_model)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    def __init__(self, cfg, model, data, device, resumed=None):
+        self.cfg = cfg
+        self.model = model
+        self.train_tokens, self.val_tokens, self.meta = data
+        self.device = device
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0  # the process that writes the files
+        n_micro_batches = self.world_size * cfg.grad_accum_steps
+        require(cfg.batch_size % n_micro_batches == 0,
+                f"batch_size {cfg.batch_size} does not divide by {self.world_size} processes x "
+                f"grad_accum_steps {cfg.grad_accum_steps}; make it a multiple of "
+                f"{n_micro_batches}")
 
-    checkpoint_path = Path(cfg.out_dir, "ckpt.pt")
-    bar = tqdm(total=cfg.max_steps, initial=step, desc="training", unit="step", disable=not is_main)
-    signals = catch_signals()
+        # fused: one kernel for all weights. Apple GPUs have it only in some versions of PyTorch.
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay,
+            fused=device.type != "mps")
+        self.is_new = resumed is None
+        self.step = 0  # steps done
+        self.val_loss = None  # of the last validation
+        if resumed is not None:
+            self.optimizer.load_state_dict(resumed.optimizer_state)
+            self.step = resumed.info["step"]
+            self.val_loss = resumed.info["val_loss"]
+        self.ddp_model = torch.compile(model) if cfg.compile else model
+        if self.world_size > 1:
+            self.ddp_model = DistributedDataParallel(self.ddp_model)
 
-    def micro_batches(tokens, seed):
+        self.checkpoint_path = Path(cfg.out_dir, "ckpt.pt")
+        self.bar = tqdm(total=cfg.max_steps, initial=self.step, desc="training", unit="step",
+                        disable=not self.is_main)
+
+    def micro_batches(self, tokens, seed):
         """This process's share of the batch that `seed` names, in grad_accum_steps pieces: x, y."""
+        cfg = self.cfg
         rng = np.random.default_rng(seed)
-        x, y = get_batch(tokens, meta, cfg.batch_size, block_size, rng)
-        x_micro_batches = x[rank::world_size].chunk(cfg.grad_accum_steps)
-        y_micro_batches = y[rank::world_size].chunk(cfg.grad_accum_steps)
+        x, y = get_batch(tokens, self.meta, cfg.batch_size, self.model.config.block_size, rng)
+        x_micro_batches = x[self.rank::self.world_size].chunk(cfg.grad_accum_steps)
+        y_micro_batches = y[self.rank::self.world_size].chunk(cfg.grad_accum_steps)
         return zip(x_micro_batches, y_micro_batches, strict=True)
 
+    def loss(self, x, y):
+        """The mean loss of a micro-batch, as a tensor."""
+        is_cuda = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_cuda):
+            _, loss = self.ddp_model(x.to(self.device), y.to(self.device))
+        return loss
+
+    def train_step(self, lr):
+        """One step of the optimizer. Returns the loss before it, as a tensor."""
+        cfg = self.cfg
+        step_loss = 0.0
+        for x, y in self.micro_batches(self.train_tokens, seed=(TRAINING, cfg.seed, self.step)):
+            loss = self.loss(x, y) / cfg.grad_accum_steps
+            loss.backward()
+            step_loss += loss.detach()
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if cfg.grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.bar.update()
+        return step_loss
+
     @torch.no_grad()
-    def evaluate():
+    def evaluate(self):
         """The validation loss, on the same batches every time, whatever cfg.seed is."""
-        losses = []
-        for i in range(cfg.eval_batches):
-            for x, y in micro_batches(val_tokens, seed=(VALIDATION, 0, i)):
-                with autocast:
-                    _, loss = ddp_model(x.to(device), y.to(device))
-                losses.append(loss)
-        return all_reduce_mean(torch.stack(losses).mean().item(), device)
+        losses = [self.loss(x, y) for i in range(self.cfg.eval_batches)
+                  for x, y in self.micro_batches(self.val_tokens, seed=(VALIDATION, 0, i))]
+        return all_reduce_mean(torch.stack(losses).mean().item(), self.device)
 
-    def log(**numbers):
+    def run(self):
+        """The whole training. Returns the exit code."""
+        cfg = self.cfg
+        signals = catch_signals()
+        if self.is_new:  # what fails at once fails here, and leaves the run before as it was
+            self.val_loss = self.evaluate()
+        if self.is_main:
+            self.log_file = open_log(Path(cfg.out_dir), self.step, self.is_new)
+        is_saved = True
+        if self.is_new:
+            self.log(step=0, val_loss=self.val_loss)
+            is_saved = self.save(self.checkpoint_path)
+
+        logged_step = self.step
+        logged_time = time.perf_counter()
+        is_stopping = False
+        while self.step < cfg.max_steps and not is_stopping:
+            lr = get_lr(self.step, cfg)
+            step_loss = self.train_step(lr)
+
+            # Reading the loss waits for the GPU, and processes wait for each other: not every step.
+            is_eval_step = self.step % cfg.eval_every == 0 or self.step == cfg.max_steps
+            is_log_step = self.step % cfg.log_every == 0 or is_eval_step
+            is_interrupted = len(signals) > 0 and self.world_size == 1
+            if not is_log_step and not is_interrupted:
+                continue
+            step_loss = all_reduce_mean(step_loss.item(), self.device)
+            require(math.isfinite(step_loss),
+                    f"the loss is {step_loss} at step {self.step}; {self.checkpoint_path} is the "
+                    f"last good checkpoint: go on from it with --init_from and a lower "
+                    f"--learning_rate")
+            is_stopping = all_reduce_mean(len(signals), self.device) > 0  # one's is for all
+
+            if is_log_step:
+                n_tokens = (self.step - logged_step) * cfg.batch_size * self.model.config.block_size
+                tokens_per_s = round(n_tokens / (time.perf_counter() - logged_time))
+                numbers = dict(step=self.step, loss=step_loss, lr=lr, tokens_per_s=tokens_per_s)
+                if is_eval_step:
+                    self.val_loss = self.evaluate()
+                    numbers["val_loss"] = self.val_loss
+                self.log(**numbers)
+                logged_step = self.step
+                logged_time = time.perf_counter()
+            if is_eval_step or is_stopping:
+                is_saved = self.save(self.checkpoint_path)
+        self.bar.close()
+        if not self.is_main:
+            return 0
+        if not is_saved:
+            return self.rescue()
+        if is_stopping:
+            number = signals[0] if signals else signal.SIGTERM  # another process may have got it
+            print(f"stopped at step {self.step} by {signal.Signals(number).name}; go on with: "
+                  f"python train.py --resume --out_dir {cfg.out_dir}", file=sys.stderr)
+            return 128 + number
+        print(f"validation loss {self.val_loss:.4f} nats per token after {self.step} steps; sample "
+              f"from it with:\n  python sample.py --ckpt {self.checkpoint_path} --stream",
+              file=sys.stderr)
+        return 0
+
+    def log(self, **numbers):
         """Write a line of the log, and show its numbers at the progress bar."""
-        if not is_main:
+        if not self.is_main:
             return
-        numbers["memory_gib"] = round(peak_memory(device), 3)
+        numbers["memory_gib"] = round(peak_memory(self.device), 3)
         try:
-            log_file.write(json.dumps(numbers) + "\n")
-            log_file.flush()
+            self.log_file.write(json.dumps(numbers) + "\n")
+            self.log_file.flush()
         except OSError as error:  # the training is worth more than its log
-            tqdm.write(f"train.py: could not write {log_file.name}: {error}", file=sys.stderr)
-        shown = {"loss": None, "val_loss": val_loss, **numbers}
-        bar.set_postfix({name: f"{value:,.5g}" for name, value in shown.items()
-                         if name not in ("step", "lr") and value is not None})
+            tqdm.write(f"train.py: could not write {self.log_file.name}: {error}", file=sys.stderr)
+        shown = {"loss": None, "val_loss": self.val_loss, **numbers}
+        self.bar.set_postfix({name: f"{value:,.5g}" for name, value in shown.items()
+                              if name not in ("step", "lr") and value is not None})
 
-    def save(path):
-        """Write the checkpoint, or say why not. Returns whether it is written."""
-        info = dict(model_config=asdict(model.config), train_config=asdict(cfg), data_meta=meta,
-                    step=step, val_loss=val_loss)
+    def save(self, path):
+        """Write the checkpoint, or say why not. Returns whether all is well."""
+        if not self.is_main:
+            return True
+        info = dict(model_config=asdict(self.model.config), train_config=asdict(self.cfg),
+                    data_meta=self.meta, step=self.step, val_loss=self.val_loss)
         try:
-            save_checkpoint(path, model, optimizer, info)
+            save_checkpoint(path, self.model, self.optimizer, info)
         except (OSError, RuntimeError) as error:
             tqdm.write(f"train.py: could not write {path}; what was there is intact: {error}",
                        file=sys.stderr)
             return False
         return True
 
-    is_new = resumed is None
-    if is_new:
-        val_loss = evaluate()  # what fails at once fails here, and leaves the run before as it was
-    log_file = open_log(Path(cfg.out_dir), step, is_new) if is_main else None
-    is_saved = True
-    if is_new:
-        log(step=0, val_loss=val_loss)
-        if is_main:
-            is_saved = save(checkpoint_path)
-
-    logged_step = step
-    logged_time = time.perf_counter()
-    is_stopping = False
-    while step < cfg.max_steps and not is_stopping:
-        lr = get_lr(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        step_loss = 0.0
-        for x, y in micro_batches(train_tokens, seed=(TRAINING, cfg.seed, step)):
-            with autocast:
-                _, loss = ddp_model(x.to(device), y.to(device))
-            (loss / cfg.grad_accum_steps).backward()
-            step_loss += loss.detach() / cfg.grad_accum_steps
-
-        if cfg.grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        bar.update()
-
-        # Reading the loss waits for the GPU, and processes wait for each other: not in every step.
-        is_eval_step = step % cfg.eval_every == 0 or step == cfg.max_steps
-        is_log_step = step % cfg.log_every == 0 or is_eval_step
-        is_interrupted = len(signals) > 0 and world_size == 1
-        if not is_log_step and not is_interrupted:
-            continue
-        step_loss = all_reduce_mean(step_loss.item(), device)
-        require(math.isfinite(step_loss),
-                f"the loss is {step_loss} at step {step}; {checkpoint_path} is the last good "
-                f"checkpoint: go on from it with --init_from and a lower --learning_rate")
-        is_stopping = all_reduce_mean(len(signals), device) > 0  # one process's is for all
-
-        if is_log_step:
-            n_tokens = (step - logged_step) * cfg.batch_size * block_size
-            tokens_per_s = round(n_tokens / (time.perf_counter() - logged_time))
-            numbers = dict(step=step, loss=step_loss, lr=lr, tokens_per_s=tokens_per_s)
-            if is_eval_step:
-                val_loss = evaluate()
-                numbers["val_loss"] = val_loss
-            log(**numbers)
-            logged_step = step
-            logged_time = time.perf_counter()
-        if is_main and (is_eval_step or is_stopping):
-            is_saved = save(checkpoint_path)
-    bar.close()
-
-    if not is_main:
-        return 0
-    if not is_saved:  # the state is still here: another place for it is better than none
-        rescue_path = Path(tempfile.gettempdir(), f"nanosep-{os.getpid()}.pt")
+    def rescue(self):
+        """out_dir takes no checkpoint: another place for it is better than none."""
+        path = Path(tempfile.gettempdir(), f"nanosep-{os.getpid()}.pt")
         outcome = "the state of this run is lost"
-        if save(rescue_path):
-            outcome = f"the checkpoint is {rescue_path} instead"
+        if self.save(path):
+            outcome = f"the checkpoint is {path} instead"
         print(f"train.py: {outcome}", file=sys.stderr)
         return 1
-    if is_stopping:
-        number = signals[0] if signals else signal.SIGTERM  # another process may have got it
-        print(f"stopped at step {step} by {signal.Signals(number).name}; go on with: "
-              f"python train.py --resume --out_dir {cfg.out_dir}", file=sys.stderr)
-        return 128 + number
-    print(f"validation loss {val_loss:.4f} nats per token after {step} steps; sample from it with:",
-          f"  python sample.py --ckpt {checkpoint_path} --stream", sep="\n", file=sys.stderr)
-    return 0
 
 
 def get_lr(step, cfg):
@@ -522,7 +545,8 @@ def start(parser, options, device):
     require(n_tokens > model.config.block_size,
             f"the data {cfg.data} is too short: {n_tokens} tokens in one part, and "
             f"block_size {model.config.block_size} needs one more than itself")
-    return train(cfg, model.to(device), data, device, resumed=checkpoint if resume else None)
+    resumed = checkpoint if resume else None
+    return Trainer(cfg, model.to(device), data, device, resumed).run()
 
 
 def main():
