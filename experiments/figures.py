@@ -1,10 +1,8 @@
-"""Draws the figures of RESULTS.md and the README as SVG files that are readable on light and on
-dark pages.
+"""Draws the figures of RESULTS.md and the README, as SVG files for light and for dark pages.
 
 The one idea: backgrounds are transparent, text and axes are a grey with enough contrast on both,
 and a curve is known by its line and its marker, not by its colour alone.
 """
-
 from pathlib import Path
 
 import numpy as np
@@ -18,36 +16,33 @@ try:
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch, Rectangle
 except ImportError:
-    raise SystemExit(
-        "results.py: the figures need matplotlib; install it with: pip install matplotlib"
-    ) from None
+    raise SystemExit("results.py: the figures need matplotlib; install it with: "
+                     "pip install matplotlib") from None
 
 FOLDER = Path(__file__).with_name("figures")
 GREY = "#808080"
-plt.rcParams.update(
-    {
-        "svg.hashsalt": "nanoSep",
-        "font.size": 10,
-        "figure.dpi": 100,
-        "lines.linewidth": 2,
-        "lines.markersize": 6,
-        "text.color": GREY,
-        "axes.labelcolor": GREY,
-        "axes.edgecolor": GREY,
-        "axes.titlecolor": GREY,
-        "xtick.color": GREY,
-        "ytick.color": GREY,
-        "grid.color": GREY,
-        "grid.alpha": 0.25,
-        "axes.grid": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-        "figure.facecolor": "none",
-        "axes.facecolor": "none",
-        "savefig.transparent": True,
-    }
-)
+plt.rcParams.update({
+    "svg.hashsalt": "nanoSep",  # the same drawing gives the same file
+    "font.size": 10,
+    "figure.dpi": 100,
+    "lines.linewidth": 2,
+    "lines.markersize": 6,
+    "text.color": GREY,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": GREY,
+    "axes.titlecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.transparent": True,
+})
 
 STYLES = {  # colours that the colour-blind can tell apart, and that show on white and on near-black
     "sep": dict(color="#e0681a", marker="o", linestyle="-"),
@@ -59,7 +54,7 @@ STYLES = {  # colours that the colour-blind can tell apart, and that show on whi
 
 def style(name):
     """The style of a mode, whatever else its label says."""
-    return STYLES[name.split(",")[0].split(" ")[0].split("-")[0]]
+    return STYLES[name.split(",")[0]]
 
 
 def save(figure, name):
@@ -98,9 +93,8 @@ def mask():
     text_axes(axes, text, fontsize=9)
     axes.set_ylabel("query")
     axes.set_xlabel("key")
-    handles = [
-        Patch(color=color, alpha=alpha, label=label) for label, color, alpha in kinds.values()
-    ]
+    handles = [Patch(color=color, alpha=alpha, label=label)
+               for label, color, alpha in kinds.values()]
     axes.legend(handles=handles, loc="upper right", fontsize=10)
     save(figure, "mask")
 
@@ -127,9 +121,8 @@ def heat_map(p, text, title):
     for i, j in np.argwhere(np.tril(p) > 0.01):
         is_separator = text[j] in separators
         color = "#e0681a" if is_separator else "#2f8fd0"
-        axes.add_patch(
-            Rectangle((j, i), 1, 1, color=color, alpha=float(min(1.0, p[i, j] ** 0.4)), linewidth=0)
-        )
+        alpha = float(min(1.0, p[i, j] ** 0.4))  # so that small shares show, too
+        axes.add_patch(Rectangle((j, i), 1, 1, color=color, alpha=alpha, linewidth=0))
     text_axes(axes, text)
     for j, label in enumerate(axes.get_xticklabels()):
         if text[j] in separators:
@@ -155,9 +148,8 @@ def lift_by_head(lift, data):
     values = lift.flatten()
     bars = axes.bar(x, values, color="#2f8fd0", width=0.85)
     bars[values.argmax()].set_color("#e0681a")
-    axes.axhline(
-        1, color=GREY, linestyle="--", linewidth=1.2, label="as much attention as any other key"
-    )
+    axes.axhline(1, color=GREY, linestyle="--", linewidth=1.2,
+                 label="as much attention as any other key")
     for at, value in zip(x, values, strict=True):
         axes.text(at, value + 0.03, f"{value:.1f}", ha="center", fontsize=8)
     axes.set_xticks(x, [f"{i // n_head + 1}.{i % n_head + 1}" for i in range(len(x))], fontsize=9)
@@ -175,23 +167,11 @@ def lift_through_training(steps, lifts, data):
     curves = np.asarray(lifts).reshape(len(steps), -1)
     n_head = np.asarray(lifts).shape[2]
     best = curves[-1].argsort()[::-1]
-    for index in best[2:]:
-        axes.plot(
-            steps,
-            curves[:, index],
-            color=GREY,
-            alpha=0.45,
-            linewidth=1,
-            label="the other heads" if index == best[-1] else None,
-        )
+    others = axes.plot(steps, curves[:, best[2:]], color=GREY, alpha=0.45, linewidth=1)
+    others[0].set_label("the other heads")
     for index, key in zip(best[:2], ("sep", "streamingllm"), strict=True):
-        axes.plot(
-            steps,
-            curves[:, index],
-            label=f"head {index // n_head + 1}.{index % n_head + 1}",
-            markevery=2,
-            **STYLES[key],
-        )
+        label = f"head {index // n_head + 1}.{index % n_head + 1}"
+        axes.plot(steps, curves[:, index], label=label, markevery=2, **STYLES[key])
     axes.axhline(1, color=GREY, linestyle=":", linewidth=1.2)
     axes.set_ylim(top=1.3 * curves.max())
     axes.set_xlabel("training step")
@@ -207,14 +187,8 @@ def recall_by_distance(names, curves):
     for attn, curve in curves.items():
         axes.plot(x, 100 * curve.mean(0), label=attn, **STYLES[attn])
         if len(curve) > 1:
-            axes.fill_between(
-                x,
-                100 * curve.min(0),
-                100 * curve.max(0),
-                color=STYLES[attn]["color"],
-                alpha=0.2,
-                linewidth=0,
-            )
+            axes.fill_between(x, 100 * curve.min(0), 100 * curve.max(0),
+                              color=STYLES[attn]["color"], alpha=0.2, linewidth=0)
     axes.axhline(10, color=GREY, linewidth=1, linestyle=(0, (1, 3)))
     axes.text(0, 12, "guessing", fontsize=9)
     axes.set_xticks(x, names)
@@ -265,14 +239,9 @@ def perplexity_by_position(streams, step=100_000):
         n = len(nats) // step * step
         perplexity = np.exp(np.asarray(nats[:n], dtype=np.float64).reshape(-1, step).mean(1))
         over_all = np.exp(np.mean(nats, dtype=np.float64))
-        label = f"{name}: {over_all:.3f} over all"
-        axes.plot(
-            np.arange(1, len(perplexity) + 1) * step / 1e6,
-            perplexity,
-            label=label,
-            markevery=5,
-            **style(name),
-        )
+        millions = np.arange(1, len(perplexity) + 1) * step / 1e6
+        axes.plot(millions, perplexity, label=f"{name}: {over_all:.3f} over all", markevery=5,
+                  **style(name))
     axes.set_xlabel("position in the stream, million tokens")
     axes.set_ylabel(f"perplexity per {step:,} bytes")
     axes.legend()

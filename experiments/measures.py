@@ -1,10 +1,8 @@
-"""The arithmetic behind the results: costs, losses of many tokens, attention by kind of key,
-distances between mentions.
+"""The arithmetic behind the results: costs, losses, attention by kind of key, mentions of words.
 
 Nothing here trains, prints or draws. `results.py` asks the questions, `figures.py` draws the
 answers.
 """
-
 import re
 import time
 from typing import NamedTuple
@@ -35,8 +33,8 @@ def keys_seen(ids, config):
 
 
 def flops_per_token(model, mean_keys):
-    """Of training: 6 per parameter, and 12 per channel, layer and visible key (forward and
-    backward, q k and p v)."""
+    """Of training: 6 per parameter, 12 per channel, layer and visible key (q k and p v, forward and
+    backward)."""
     n_parameters = sum(weight.numel() for weight in model.parameters())
     return 6 * n_parameters + 12 * model.config.n_layer * model.config.n_embd * mean_keys
 
@@ -45,17 +43,15 @@ def flops_per_token(model, mean_keys):
 
 
 def blocks_of(tokens, block_size, n_blocks, record=1):
-    """Up to n_blocks stretches of block_size + 1 tokens, evenly spaced over the text: (N,
-    block_size + 1) int64.
+    """Up to n_blocks stretches, evenly spaced over the text: (N, block_size + 1) int64.
 
     record: they begin at multiples of this many tokens.
     """
     n_blocks = min(n_blocks, (len(tokens) - 1) // block_size)
     last_start = (len(tokens) - block_size - 1) // record
     starts = np.linspace(0, last_start, n_blocks).astype(np.int64) * record
-    return torch.from_numpy(
-        np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int64)
-    )
+    blocks = np.stack([tokens[s:s + block_size + 1] for s in starts])
+    return torch.from_numpy(blocks.astype(np.int64))
 
 
 @torch.inference_mode()
@@ -85,7 +81,7 @@ def stream_nats(model, tokens, chunk_size):
     nats, seconds = [], []
     for first in range(0, len(tokens) - 1, chunk_size):
         start = time.process_time()
-        ids = torch.from_numpy(tokens[first : first + chunk_size + 1].astype(np.int64))
+        ids = torch.from_numpy(tokens[first:first + chunk_size + 1].astype(np.int64))
         logits, _ = model(ids[None, :-1], cache=cache)
         nats.append(F.cross_entropy(logits[0], ids[1:], reduction="none").numpy())
         seconds.append(time.process_time() - start)
@@ -98,8 +94,7 @@ def stream_nats(model, tokens, chunk_size):
 
 @torch.inference_mode()
 def open_forward(model, ids, attention):
-    """Logits (B, T, V) of ids (B, T), with `attention(layer_idx, q, k, v)` instead of the model's
-    own.
+    """Logits (B, T, V) of ids (B, T), with `attention(layer_idx, q, k, v)` in the model's place.
 
     q, k, v and the result: (B, H, T, D); q and k are normalised, and not yet rotated.
     """
@@ -200,8 +195,7 @@ FAR_RULES = ("text", "dropped", "clamped", "renumbered")
 
 
 def rule_nats(model, tokens, rule, chunk_size=256):
-    """The loss of each token of one text, (n,) float32, with far separators at other positions
-    than in the text.
+    """The loss of each token of one text, (n,) float32, with its far separators elsewhere.
 
     text: where they are. dropped: where they are, and none at a distance of block_size or more;
     what the model does. clamped: at a distance of at most block_size - 1. renumbered: all visible
@@ -219,9 +213,8 @@ def rule_nats(model, tokens, rule, chunk_size=256):
         for first in range(0, T, chunk_size):
             part = slice(first, min(first + chunk_size, T))
             keys = k[0][:, rows[part]]  # (H, t, M, D)
-            cos, sin = rope_cos_sin(
-                -distance[part].flatten(), frequencies, k.dtype
-            )  # the query stands at 0
+            # the query stands at 0
+            cos, sin = rope_cos_sin(-distance[part].flatten(), frequencies, k.dtype)
             shape = (*rows[part].shape, -1)
             keys = apply_rope(keys, (cos.view(shape), sin.view(shape)))
             scores = (keys @ q[0, :, part, :, None])[..., 0] * config.head_dim**-0.5  # (H, t, M)
@@ -243,9 +236,8 @@ def visible_keys(ids, config, rule):
     position = torch.arange(T)
     kept = is_kept(ids, position, config)[0]
     separators = [j for j in range(config.sinks, T) if kept[j]]
-    n_left = torch.searchsorted(
-        torch.tensor(separators), position - config.window, right=True
-    )  # left the window
+    # how many have left the window of each query
+    n_left = torch.searchsorted(torch.tensor(separators), position - config.window, right=True)
     n_seps = config.max_seps if config.max_seps is not None else int(n_left.max())
     M = config.sinks + n_seps + config.window
     rows = torch.zeros(T, M, dtype=torch.int64)
@@ -253,12 +245,12 @@ def visible_keys(ids, config, rule):
     for i in range(T):
         near = list(range(max(i - config.window + 1, 0), i + 1))
         sinks = list(range(min(config.sinks, near[0])))
-        far = separators[max(int(n_left[i]) - n_seps, 0) : int(n_left[i])]
+        far = separators[max(int(n_left[i]) - n_seps, 0):int(n_left[i])]
         if rule == "dropped":
             far = [j for j in far if i - j < config.block_size]
         seen = sinks + far + near
-        rows[i, : len(seen)] = torch.tensor(seen)
-        visible[i, : len(seen)] = True
+        rows[i, :len(seen)] = torch.tensor(seen)
+        visible[i, :len(seen)] = True
     if rule == "renumbered":
         distance = visible.sum(1, keepdim=True) - 1 - torch.arange(M)
     else:
@@ -275,8 +267,7 @@ def visible_keys(ids, config, rule):
 
 
 def mention_distances(text, least_length=4, names_only=False):
-    """How far back the last mention of a token's word lies, for each byte of `text` (bytes): (n,)
-    int64.
+    """How far back the last mention of a byte's word lies: `text`, n bytes -> (n,) int64.
 
     Counts the bytes of a word after its first two, which leave little doubt which word it is. 0:
     the first mention; -1: not counted. names_only: words that begin with a capital and never stand
@@ -292,7 +283,7 @@ def mention_distances(text, least_length=4, names_only=False):
             continue
         is_name = name[:1].isupper() and name[1:].islower() and name.lower() not in written
         if is_name or not names_only:
-            distances[word.start() + 2 : word.end()] = word.start() - last.get(name, word.start())
+            distances[word.start() + 2:word.end()] = word.start() - last.get(name, word.start())
         last[name] = word.start()
     return distances
 
@@ -316,6 +307,16 @@ def fact_distances(ids, answers):
 # ---- small statistics
 
 
-def mean_and_error(differences):
-    """Mean of (N,) differences, and its standard error."""
-    return float(np.mean(differences)), float(np.std(differences, ddof=1) / len(differences) ** 0.5)
+def mean_and_error(differences, chosen=None, stretch=1000):
+    """Mean of the chosen (n,) of the differences (n,), and its standard error.
+
+    Neighbours in a text are not independent, so the error is taken over stretches of 1,000 tokens.
+    """
+    if chosen is None:
+        chosen = np.ones(len(differences), dtype=bool)
+    mean = differences[chosen].mean(dtype=np.float64)
+    residuals = np.where(chosen, differences - mean, 0)
+    sums = np.add.reduceat(residuals, np.arange(0, len(residuals), stretch))
+    n_stretches = np.count_nonzero(sums)
+    variance = (sums**2).sum() * n_stretches / (n_stretches - 1)
+    return float(mean), float(variance**0.5 / chosen.sum())

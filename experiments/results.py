@@ -53,6 +53,8 @@ from experiments.runs import (
     books_run,
     describe,
     docs_run,
+    larger_run,
+    longer_run,
     post_run,
     recall_run,
 )
@@ -88,9 +90,9 @@ def over_seeds(values, form=".4f"):
     return f"{cells[0]} ({cells[1]} to {cells[2]})"
 
 
-def plus_minus(differences):
-    """Mean and standard error."""
-    mean, error = mean_and_error(differences)
+def plus_minus(differences, chosen=None):
+    """Mean and standard error, in one cell."""
+    mean, error = mean_and_error(differences, chosen)
     return f"{mean:+.4f} ± {error:.4f}"
 
 
@@ -466,82 +468,114 @@ def positions(lab):
 # ---- long streams
 
 
-STREAM_PAIRS = [  # as many rows each, and each trained for it
-    (docs_run("sep"), docs_run("streamingllm", 0, window=48)),
-    *((books_run("sep", w), books_run("streamingllm", 2 * w)) for w in (16, 32, 64)),
-]
+EQUAL_ROWS = {  # sep, and streamingllm with as many rows, each trained for it
+    "docs, 52 rows": [(docs_run("sep", seed), docs_run("streamingllm", seed, window=48))
+                      for seed in SEEDS],
+    "books, 36 rows": [(books_run("sep", 16, seed), books_run("streamingllm", 32, seed))
+                       for seed in SEEDS],
+    "books, 36 rows, 2,100 steps": [(longer_run("sep", 16), longer_run("streamingllm", 32))],
+    "books, 36 rows, 2.7 million parameters": [(larger_run("sep", 16),
+                                                larger_run("streamingllm", 32))],
+    "books, 68 rows": [(books_run("sep", 32), books_run("streamingllm", 64))],
+    "books, 132 rows": [(books_run("sep", 64), books_run("streamingllm", 128))],
+}
+
+FAR_MENTIONS = [(kind, a, b) for kind in ("words", "names") for a, b in ((32, 256), (256, 1024))]
 
 
 def stream(lab):
     """A million unseen bytes at equal rows, by position; words that come again."""
     rows = []
-    for sep, window in STREAM_PAIRS:
-        if len(lab.finished([sep, window])) < 2:
+    rows_by_position = []
+    rows_of_names = []
+    for name, pairs in EQUAL_ROWS.items():
+        pairs = [pair for pair in pairs if len(lab.finished(pair)) == 2]
+        if not pairs:
             continue
-        _, val, _ = load_data(sep.data)
-        found = [lab.stream(run, val, "val") for run in (sep, window)]
-        n = len(val) - 1
-        edges = (0, 1000, 10_000, 100_000, n)
-        cells = []
-        for a, b in [*pairwise(edges), (0, n)]:
-            cells.append(" / ".join(f"{np.exp(f['nats'][a:b].mean()):.3f}" for f in found))
-        difference = found[0]["nats"] - found[1]["nats"]
-        per_thousand = difference[:n // 1000 * 1000].reshape(-1, 1000).mean(1)
-        rows.append([f"{sep.data}: {sep.mode} / {window.mode}",
-                     " / ".join(f"{f['rows']:.0f}" for f in found), *cells,
-                     plus_minus(per_thousand)])
-        words(sep, window, bytes(val.tolist()), found[0]["nats"], found[1]["nats"])
-    table("stream", ["sep / streamingllm", "rows", "first 1,000", "to 10,000", "to 100,000",
-                     "after that", "all", "difference, nats"], rows)
+        _, val, _ = load_data(pairs[0][0].data)
+        # (seeds, 2, n)
+        nats = np.array([[lab.stream(run, val, "val")["nats"] for run in pair] for pair in pairs])
+        difference = nats[:, 0] - nats[:, 1]
+        sep, window = np.exp(nats.mean(2)).T
+        rows.append([name, over_seeds(sep, ".3f"), over_seeds(window, ".3f"),
+                     ", ".join(plus_minus(of_a_seed) for of_a_seed in difference)])
+        rows_by_position.append([name, *stream_by_position(nats.mean(0))])
+        gaps = {kind: mention_distances(bytes(val.tolist()), names_only=kind == "names")[1:]
+                for kind in ("words", "names")}  # of the predicted bytes
+        for (run, _), of_a_seed in zip(pairs, difference, strict=True):
+            cells = [plus_minus(of_a_seed, (gaps[kind] >= a) & (gaps[kind] < b))
+                     for kind, a, b in FAR_MENTIONS]
+            rows_of_names.append([name, run.seed, *cells])
+        if name in ("docs, 52 rows", "books, 36 rows", "books, 132 rows"):
+            words(name.replace(", ", "-").replace(" ", "-"), gaps, nats)
+    table("stream", ["", "sep: perplexity", "streamingllm",
+                     "difference in nats, a number for each seed"], rows)
+    table("stream-positions", ["sep / streamingllm", "first 1,000", "to 10,000", "to 100,000",
+                               "after that"], rows_by_position)
+    head = [f"{kind}, {a} to {b - 1} bytes back" for kind, a, b in FAR_MENTIONS]
+    table("names", ["", "seed", *head], rows_of_names)
     best_of_each(lab)
+
+
+def stream_by_position(nats):
+    """The perplexities of both models, (2, n), in parts of the text."""
+    edges = (0, 1000, 10_000, 100_000, nats.shape[1])
+    return [" / ".join(f"{np.exp(part.mean()):.3f}" for part in nats[:, a:b])
+            for a, b in pairwise(edges)]
 
 
 def best_of_each(lab):
     """All models over the same streams: is the opponent of equal rows a strong one?"""
     runs = [docs_run(attn, seed) for attn in ("sep", "streamingllm") for seed in SEEDS]
-    runs += [docs_run("streamingllm", 0, window=48)]
-    runs += [run for pair in STREAM_PAIRS[1:] for run in pair]
+    runs += [run for pairs in EQUAL_ROWS.values() for pair in pairs for run in pair]
+    finished = [run for run in dict.fromkeys(runs) if lab.is_finished(run)]
     rows = []
-    for run in runs:
-        if lab.is_finished(run):
-            _, val, _ = load_data(run.data)
-            found = lab.stream(run, val, "val")
-            rows.append([run.name, f"{found['rows']:.0f}", f"{np.exp(found['nats'].mean()):.4f}"])
-    table("stream-all", ["run (data, attn, window, seed)", "rows", "perplexity"], rows)
+    for data in ("docs", "books"):
+        _, val, _ = load_data(data)
+        for mode, group in by_mode([run for run in finished if run.data == data]).items():
+            found = [lab.stream(run, val, "val") for run in group]
+            perplexities = [np.exp(f["nats"].mean()) for f in found]
+            rows.append([f"{data}: {mode}", len(group), f"{found[0]['rows']:.0f}",
+                         over_seeds(perplexities, ".3f")])
+    table("stream-all", ["", "seeds", "rows", "perplexity"], rows)
 
 
 GAP_EDGES = (1, 32, 64, 128, 256, 512, 1024, 1 << 40)
 
 
-def words(sep, window, text, ours, theirs):
-    """Loss on words by the distance of their last mention."""
+def words(name, gaps, nats):
+    """Loss on words by the distance of their last mention: nats (seeds, 2, n)."""
     rows = []
-    for kind, names_only in (("words", False), ("names", True)):
-        gap = mention_distances(text, names_only=names_only)[1:]  # of the predicted bytes
+    difference = nats[:, 0] - nats[:, 1]
+    for kind, gap in gaps.items():
         groups = {"first mention": gap == 0}
         for a, b in pairwise(GAP_EDGES):
-            name = f"{a} and more" if b == GAP_EDGES[-1] else f"{a} to {b - 1}"
-            groups[name] = (gap >= a) & (gap < b)
-        for name, at in groups.items():
+            label = f"{a} and more" if b == GAP_EDGES[-1] else f"{a} to {b - 1}"
+            groups[label] = (gap >= a) & (gap < b)
+        for label, at in groups.items():
             if at.sum() >= 100:
-                rows.append([kind, name, f"{at.sum():,}", f"{ours[at].mean():.4f}",
-                             f"{theirs[at].mean():.4f}", plus_minus(ours[at] - theirs[at])])
-    table(f"words-{sep.name}",
-          ["of", "last mention, bytes back", "bytes", sep.mode, window.mode, "difference"], rows)
+                sep, window = nats[:, :, at].mean((0, 2))
+                rows.append([kind, label, f"{at.sum():,}", f"{sep:.4f}", f"{window:.4f}",
+                             plus_minus(difference.mean(0), at),
+                             ", ".join(f"{x:+.4f}" for x in difference[:, at].mean(1))])
+    table(f"words-{name}", ["of", "last mention, bytes back", "bytes", "sep", "streamingllm",
+                            "difference", "by seed"], rows)
 
 
 def more_separators(lab):
-    """The same model with fewer and with more visible separators than in training."""
-    run = docs_run("sep")
-    if not lab.finished([run]):
-        return
-    _, val, _ = load_data(run.data)
+    """The same models with fewer and with more visible separators than in training."""
+    runs = lab.finished([docs_run("sep"), books_run("sep", 16)])
     rows = []
     for n in (0, 4, 8, 16, 32, 64, None):
-        nats = lab.stream(run, val, "val", max_seps=n)["nats"]
-        rows.append([n, f"{np.exp(nats.mean()):.4f}"])
-    table("max_seps", ["max_seps", f"{run.data}: {run.mode}"], rows)
-    nearer_horizons(lab, run, val[:131_073])
+        cells = []
+        for run in runs:
+            _, val, _ = load_data(run.data)
+            nats = lab.stream(run, val, "val", max_seps=n)["nats"]
+            cells.append(f"{np.exp(nats.mean()):.4f}")
+        rows.append([n, *cells])
+    table("max_seps", ["max_seps", *(f"{run.data}: {run.mode}" for run in runs)], rows)
+    if docs_run("sep") in runs:
+        nearer_horizons(lab, docs_run("sep"), load_data("docs")[1][:131_073])
 
 
 def nearer_horizons(lab, run, tokens):

@@ -70,6 +70,18 @@ def books_run(attn, window, seed=0):
 BOOKS_FULL = books_run("full", 64)
 
 
+def longer_run(attn, window):
+    """Books, three times as many steps."""
+    options = ("--max_steps", 2100, "--eval_every", 300)  # the later of two options counts
+    return Run(f"books-longer_{attn}-{window}-0", (*books_run(attn, window).options, *options))
+
+
+def larger_run(attn, window):
+    """Books, 6 layers of 192 channels: 2.7 million parameters."""
+    options = ("--n_layer", 6, "--n_head", 6, "--n_embd", 192)
+    return Run(f"books-larger_{attn}-{window}-0", (*books_run(attn, window).options, *options))
+
+
 def post_run(attn, window):
     """The books' model with full attention, trained on for 150 steps with another attention."""
     options = ("--data", "books", "--batch_size", 4, "--max_steps", 150, "--eval_every", 50,

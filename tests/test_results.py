@@ -98,5 +98,8 @@ def test_facts_are_counted_from_the_last_mention():
 
 
 def test_the_error_is_that_of_a_mean():
-    mean, error = mean_and_error(np.array([1.0, 2.0, 3.0, 4.0]))
+    mean, error = mean_and_error(np.array([1.0, 2.0, 3.0, 4.0]), stretch=1)
     assert mean == 2.5 and np.isclose(error, np.sqrt(5 / 3) / 2)
+    chosen = np.array([True, True, False, True])
+    mean, error = mean_and_error(np.array([1.0, 1.0, 9.0, 4.0]), chosen, stretch=2)
+    assert mean == 2 and np.isclose(error, np.sqrt(2**2 + 2**2) * np.sqrt(2) / 3)
