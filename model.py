@@ -46,6 +46,7 @@ class GPTConfig(SepConfig):
 # ---- rotary position embeddings (RoFormer, arXiv 2104.09864)
 
 
+ROPE_BASE = 10000.0
 _rope_frequencies = {}
 
 
@@ -54,7 +55,7 @@ def rope_frequencies(head_dim, base, device):
     """Angle per position of each channel, (D,) float64; the first half is negative (see below)."""
     key = head_dim, base, device
     if key not in _rope_frequencies:
-        with torch.inference_mode(False):  # training uses it, too
+        with torch.inference_mode(False):  # training could not use a tensor of inference mode
             exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
             frequencies = base ** -exponent  # (D / 2,) of the channel pairs
             _rope_frequencies[key] = signed_frequencies(frequencies, device)
@@ -93,15 +94,16 @@ def forward_cos_sin(positions, frequencies, dtype, config, cache=None):
     """What rotates the heads of one forward: cos_sin of q and k, sink_cos_sin of q_sink or None.
 
     Tokens stand at their positions in the text. Separators are dropped at distance `block_size`,
-    but the sinks stay. So that they, too, are scored at no distance that training has not shown,
-    `q_sink` is the query as it would be at position `min(position, block_size - 1)`. For a single
+    the sinks never. To score them, too, only at distances that training has shown, `q_sink` is the
+    query as it would be at position `min(position, block_size - 1)`. For a single
     token it is cheaper to turn the sinks' keys in the cache forward by the difference, once for all
     layers, than to score the sinks of each layer with a query of their own.
     """
     cos_sin = rope_cos_sin(positions, frequencies, dtype)
     last_trained = config.block_size - 1
-    beyond_horizon = cache is not None or len(positions) > config.block_size
-    if config.attn == "full" or config.sinks == 0 or not beyond_horizon:
+    # the position that a cache has reached is on its device, and not known here
+    may_pass_horizon = cache is not None or len(positions) > config.block_size
+    if config.attn == "full" or config.sinks == 0 or not may_pass_horizon:
         return cos_sin, None
     if cache is not None and len(positions) == 1:
         excess = (positions - last_trained).clamp(min=0)
@@ -114,7 +116,7 @@ def forward_cos_sin(positions, frequencies, dtype, config, cache=None):
 
 
 def norm(x):
-    """RMSNorm without a gain; before a linear layer, that layer absorbs it."""
+    """RMSNorm without a gain: the weights of the linear layer that follows can hold one."""
     return F.rms_norm(x, (x.shape[-1],))
 
 
@@ -208,7 +210,7 @@ class GPT(nn.Module):
             positions, layout = cache.advance(ids)
 
         x = self.embed(ids)  # (B, T, C)
-        frequencies = rope_frequencies(config.head_dim, 10000.0, ids.device)
+        frequencies = rope_frequencies(config.head_dim, ROPE_BASE, ids.device)
         cos_sin, sink_cos_sin = forward_cos_sin(positions, frequencies, x.dtype, config, cache)
         for block in self.blocks:
             x = block(x, layout, cos_sin, sink_cos_sin, cache)
@@ -226,7 +228,7 @@ class GPT(nn.Module):
 # ---- generation
 
 
-MAX_LOGITS = 2 ** 27  # of a forward: long texts are read in chunks, to bound memory
+MAX_LOGITS = 2 ** 27  # numbers in the logits of one forward; longer texts are read in chunks
 
 
 @torch.inference_mode()

@@ -184,7 +184,7 @@ def print_samples(model, tokenizer, cache, prompt, args):
     except KeyboardInterrupt:  # what there is, is printed
         pass
     n_sampled = len(prompt) * len(new_ids)
-    texts = torch.stack([*prompt.T, *new_ids], dim=1).tolist()  # waits for the GPU
+    texts = torch.stack([*prompt.unbind(dim=1), *new_ids], dim=1).tolist()  # waits for the GPU
     seconds = time.perf_counter() - start
     for text in texts:
         prompt_ids = text[:prompt.shape[1]]
@@ -398,7 +398,7 @@ def run(parser, args, device):
     if args.prompt_file:
         text = args.prompt_file.read_bytes().decode(errors="surrogateescape")
     ids = tokenizer.encode(text)
-    require(ids, "the prompt is empty; leave --prompt out to begin with a line break")
+    require(ids, "the prompt is empty; give --prompt some text, or token ids to a model of those")
     check_vocabulary(np.array(ids), model, "the prompt")
     prompt = torch.tensor([ids] * args.num_samples, device=device)
     if args.stream:

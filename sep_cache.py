@@ -131,10 +131,10 @@ def separator_table(separators, device):
     """Whether each id is a separator, (n,) bool; the last entry, False, serves all larger ids."""
     key = separators, device
     if key not in _separator_tables:
-        with torch.inference_mode(False):  # training uses it, too
+        with torch.inference_mode(False):  # training could not use a tensor of inference mode
             table = torch.zeros(max(separators, default=-1) + 2, dtype=torch.bool)
             table[list(separators)] = True
-            _separator_tables[key] = table.to(device)  # once: a copy to a GPU waits for it
+            _separator_tables[key] = table.to(device)  # once: the CPU waits for a copy to a GPU
     return _separator_tables[key]
 
 
@@ -250,9 +250,10 @@ class SepCache:
         seen_below += [config.block_size] * config.far_capacity
         seen_below += [0]  # the spare slot
         seen_below += [config.window] * config.window
-        self.seen_below = torch.tensor(seen_below[:n_slots], device=device)  # distance of a query
-        # kept tokens that have left the window, less the sinks, which leave first: 0 when the first
-        # separator leaves; it goes to slot 0 of the ring, the next to slot 1
+        # a slot is seen by queries at a smaller distance than this
+        self.seen_below = torch.tensor(seen_below[:n_slots], device=device)
+        # the next separator to leave the window takes slot n_seps % far_capacity of the ring; it
+        # counts from -sinks, since the sinks leave first, and a chunk fills the ring from slot 0
         self.n_seps = torch.full((batch_size, 1), -config.sinks, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # n_tokens, on the device
 
@@ -370,7 +371,8 @@ class SepCache:
         self.slot_kept.index_copy_(1, self.new_slot, is_kept(ids, position, config))
         mask = torch.where(self.visible_slots(position), 0.0, -torch.inf).to(self.kv.dtype)
 
-        # a young text has used only the first slots of the window (a graph needs fixed shapes)
+        # the first tokens of a text have filled only the first slots of the window; on a GPU all
+        # slots are read, since a captured graph needs fixed shapes
         self.slots_to_read = slice(None)
         if self.n_tokens < config.window and not ids.is_cuda:
             first = self.first_window_slot

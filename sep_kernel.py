@@ -8,7 +8,7 @@ Read `sep_attention` and the PyTorch form after the far list in `sep_cache.py`; 
 you know flash attention (arXiv 2205.14135), best beside Triton's fused-attention tutorial.
 `python sep_kernel.py` runs the kernel's tests.
 """
-from __future__ import annotations
+from __future__ import annotations  # without triton there is no `tl` to annotate with
 
 import os
 import subprocess
@@ -375,7 +375,7 @@ def _forward(Q, Q_SINK, K, V, FAR, START, STOP, OUT, LSE, H, Tq, Tk, S, window, 
 
     offset = t[:, None] * D + tl.arange(0, D)  # (BLOCK, D)
     acc = tl.zeros([BLOCK, D], tl.float32)
-    m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf, as a row without keys has m_i - m_i = 0
+    m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf: m_i - m_new of a row without keys is 0
     l_i = tl.zeros([BLOCK], tl.float32)
     q = tl.load(Q_SINK + q_row0 * D + offset)  # Q itself, if there is no q_sink
     acc, m_i, l_i = _forward_loop(acc, m_i, l_i, q, K, V, FAR, tl.zeros_like(sink_hi), sink_hi,
@@ -636,14 +636,15 @@ class LaunchSizes(NamedTuple):
     dkdv: LaunchSize
 
 
-# by D: sizes that spill no registers; `experiments/RESULTS.md` says how they were chosen
+# by D: sizes that spill no registers; `experiments/RESULTS.md` says how they were chosen. Each:
+# block, tile, num_warps, stages, far_stages
 LARGE_SHARED_MEMORY = {  # 227 KB on an SM: Hopper and the Blackwell of data centers
     64: LaunchSizes(LaunchSize(128, 64, 4, 3, 5), LaunchSize(64, 64, 4, 3, 5, maxnreg=168),
                     LaunchSize(64, 64, 4, 3, 5)),
     128: LaunchSizes(LaunchSize(128, 64, 8, 3, 5), LaunchSize(128, 64, 8, 3, 5),
                      LaunchSize(64, 32, 4, 3, 5)),
 }
-SMALL_SHARED_MEMORY = {  # all other GPUs; no stage more than gains something
+SMALL_SHARED_MEMORY = {  # all other GPUs; more stages would gain nothing
     64: LaunchSizes(LaunchSize(128, 64, 8, 3, 3), LaunchSize(128, 64, 8, 3, 3),
                     LaunchSize(64, 32, 4, 3, 3)),
     128: LaunchSizes(LaunchSize(64, 64, 8, 2, 2), LaunchSize(64, 64, 8, 2, 2),
@@ -662,7 +663,7 @@ def _launch_sizes(q, window):
     table = LARGE_SHARED_MEMORY if large else SMALL_SHARED_MEMORY
     sizes = table[max(D, 64)]
     if window < 128 and sizes.forward.block == 128:
-        # the window's staircase under 128 queries would be three tiles, all masked; under 64, two
+        # with window 64, the keys of 128 queries are three tiles, all masked; of 64 queries, two
         sizes = sizes._replace(forward=sizes.forward._replace(block=64, num_warps=4))
     return sizes
 

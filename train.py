@@ -129,6 +129,7 @@ def load_checkpoint(path):
         with torch.device("meta"):  # without memory: the tensors of the file become its weights
             model = GPT(config)
         model.load_state_dict(state["model"], assign=True)
+        # the rest is only tried here, so that a damaged file fails now and not later
         torch.optim.AdamW(model.parameters()).load_state_dict(state["optimizer"])
         TrainConfig(**fields_of(TrainConfig, info["train_config"]))
         check_meta(info["data_meta"])
@@ -152,8 +153,8 @@ VALIDATION = 1
 class Trainer:
     """Trains `model` to `max_steps` or to a signal; leaves ckpt.pt and log.jsonl in out_dir.
 
-    data: what `load_data` returns. resumed: the Checkpoint to continue from, None for a new run.
-    ValueError if the batch cannot be shared out.
+    model: on `device` already. data: what `load_data` returns. resumed: the Checkpoint to continue
+    from, None for a new run. ValueError if the batch cannot be shared out.
     """
 
     def __init__(self, cfg, model, data, device, resumed=None):
@@ -179,15 +180,15 @@ class Trainer:
         self.val_loss = None  # of the last validation
         if resumed is not None:
             self.optimizer.load_state_dict(resumed.optimizer_state)
+            for group in self.optimizer.param_groups:  # the stored ones bring their own settings
+                group["weight_decay"] = cfg.weight_decay
+                group["fused"] = device.type != "mps"
             self.step = resumed.info["step"]
             self.val_loss = resumed.info["val_loss"]
-        self.ddp_model = torch.compile(model) if cfg.compile else model
+        self.wrapped_model = torch.compile(model) if cfg.compile else model
         if self.world_size > 1:
-            self.ddp_model = DistributedDataParallel(self.ddp_model)
-
+            self.wrapped_model = DistributedDataParallel(self.wrapped_model)
         self.checkpoint_path = Path(cfg.out_dir, "ckpt.pt")
-        self.bar = tqdm(total=cfg.max_steps, initial=self.step, desc="training", unit="step",
-                        disable=not self.is_main)
 
     def micro_batches(self, tokens, seed):
         """This process's share of the batch that `seed` names, in grad_accum_steps pieces: x, y."""
@@ -202,7 +203,7 @@ class Trainer:
         """The mean loss of a micro-batch, as a tensor."""
         is_cuda = self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=is_cuda):
-            _, loss = self.ddp_model(x.to(self.device), y.to(self.device))
+            _, loss = self.wrapped_model(x.to(self.device), y.to(self.device))
         return loss
 
     def train_step(self, lr):
@@ -232,10 +233,34 @@ class Trainer:
         return all_reduce_mean(torch.stack(losses).mean().item(), self.device)
 
     def run(self):
-        """The whole training. Returns the exit code."""
+        """Train, and return the exit code.
+
+        ValueError when a loss is not finite, OSError when out_dir cannot be written.
+        """
         cfg = self.cfg
         signals = catch_signals()
-        if self.is_new:  # what fails at once fails here, and leaves the run before as it was
+        with tqdm(total=cfg.max_steps, initial=self.step, desc="training", unit="step",
+                  disable=not self.is_main) as self.bar:
+            is_saved = self.train(signals)
+        if not self.is_main:
+            return 0
+        if not is_saved:
+            return self.rescue()
+        if self.step < cfg.max_steps:
+            number = signals[0] if signals else signal.SIGTERM  # another process may have got it
+            device = "" if self.device.type == DEFAULT_DEVICE else f" --device {self.device.type}"
+            print(f"stopped at step {self.step} by {signal.Signals(number).name}; go on with: "
+                  f"python train.py --resume --out_dir {cfg.out_dir}{device}", file=sys.stderr)
+            return 128 + number
+        print(f"validation loss {self.val_loss:.4f} nats per token after {self.step} steps; sample "
+              f"from it with:\n  python sample.py --ckpt {self.checkpoint_path} --stream",
+              file=sys.stderr)
+        return 0
+
+    def train(self, signals):
+        """Train to `max_steps`, or until `signals` holds one. Returns whether the end is saved."""
+        cfg = self.cfg
+        if self.is_new:  # before open_log: if this fails, the files of the run before stay
             self.val_loss = self.evaluate()
         if self.is_main:
             self.log_file = open_log(Path(cfg.out_dir), self.step, self.is_new)
@@ -251,45 +276,38 @@ class Trainer:
             lr = get_lr(self.step, cfg)
             step_loss = self.train_step(lr)
 
-            # Reading the loss waits for the GPU, and processes wait for each other: not every step.
+            # Reading the loss waits for the GPU, so it is read at log steps only. Several processes
+            # must agree to stop, and do that there; a single one stops after any step.
             is_eval_step = self.step % cfg.eval_every == 0 or self.step == cfg.max_steps
             is_log_step = self.step % cfg.log_every == 0 or is_eval_step
             is_interrupted = len(signals) > 0 and self.world_size == 1
             if not is_log_step and not is_interrupted:
                 continue
-            step_loss = all_reduce_mean(step_loss.item(), self.device)
-            require(math.isfinite(step_loss),
-                    f"the loss is {step_loss} at step {self.step}; {self.checkpoint_path} is the "
-                    f"last good checkpoint: go on from it with --init_from and a lower "
-                    f"--learning_rate")
-            is_stopping = all_reduce_mean(len(signals), self.device) > 0  # one's is for all
+            loss = all_reduce_mean(step_loss.item(), self.device)
+            self.require_finite(loss)
+            # a signal to one process stops all
+            is_stopping = all_reduce_mean(len(signals), self.device) > 0
 
             if is_log_step:
                 n_tokens = (self.step - logged_step) * cfg.batch_size * self.model.config.block_size
                 tokens_per_s = round(n_tokens / (time.perf_counter() - logged_time))
-                numbers = dict(step=self.step, loss=step_loss, lr=lr, tokens_per_s=tokens_per_s)
+                numbers = dict(step=self.step, loss=loss, lr=lr, tokens_per_s=tokens_per_s)
                 if is_eval_step:
                     self.val_loss = self.evaluate()
+                    self.require_finite(self.val_loss)
                     numbers["val_loss"] = self.val_loss
                 self.log(**numbers)
-                logged_step = self.step
-                logged_time = time.perf_counter()
             if is_eval_step or is_stopping:
                 is_saved = self.save(self.checkpoint_path)
-        self.bar.close()
-        if not self.is_main:
-            return 0
-        if not is_saved:
-            return self.rescue()
-        if is_stopping:
-            number = signals[0] if signals else signal.SIGTERM  # another process may have got it
-            print(f"stopped at step {self.step} by {signal.Signals(number).name}; go on with: "
-                  f"python train.py --resume --out_dir {cfg.out_dir}", file=sys.stderr)
-            return 128 + number
-        print(f"validation loss {self.val_loss:.4f} nats per token after {self.step} steps; sample "
-              f"from it with:\n  python sample.py --ckpt {self.checkpoint_path} --stream",
-              file=sys.stderr)
-        return 0
+            logged_step = self.step
+            logged_time = time.perf_counter()
+        return is_saved
+
+    def require_finite(self, loss):
+        """ValueError if a loss is not finite; the checkpoint is from before that."""
+        require(math.isfinite(loss),
+                f"the loss is {loss} at step {self.step}; {self.checkpoint_path} is the last good "
+                f"checkpoint: go on from it with --init_from and a lower --learning_rate")
 
     def log(self, **numbers):
         """Write a line of the log, and show its numbers at the progress bar."""
@@ -301,12 +319,12 @@ class Trainer:
             self.log_file.flush()
         except OSError as error:  # the training is worth more than its log
             tqdm.write(f"train.py: could not write {self.log_file.name}: {error}", file=sys.stderr)
-        shown = {"loss": None, "val_loss": self.val_loss, **numbers}
-        self.bar.set_postfix({name: f"{value:,.5g}" for name, value in shown.items()
-                              if name not in ("step", "lr") and value is not None})
+        shown = {**numbers, "val_loss": self.val_loss}
+        names = ("loss", "val_loss", "tokens_per_s", "memory_gib")
+        self.bar.set_postfix({name: f"{shown[name]:,.5g}" for name in names if name in shown})
 
     def save(self, path):
-        """Write the checkpoint, or say why not. Returns whether all is well."""
+        """Write the checkpoint. Returns False, after saying why, if that failed."""
         if not self.is_main:
             return True
         info = dict(model_config=asdict(self.model.config), train_config=asdict(self.cfg),
@@ -320,11 +338,12 @@ class Trainer:
         return True
 
     def rescue(self):
-        """out_dir takes no checkpoint: another place for it is better than none."""
+        """Write the checkpoint to the temporary folder, since out_dir takes none. Returns 1."""
         path = Path(tempfile.gettempdir(), f"nanosep-{os.getpid()}.pt")
         outcome = "the state of this run is lost"
         if self.save(path):
-            outcome = f"the checkpoint is {path} instead"
+            outcome = (f"the checkpoint is {path} instead; move it to {self.checkpoint_path}, and "
+                       f"go on with --resume")
         print(f"train.py: {outcome}", file=sys.stderr)
         return 1
 
@@ -370,14 +389,17 @@ def open_log(out_dir, step, is_new):
     path = out_dir / "log.jsonl"
     if is_new:
         for old in (path, out_dir / "ckpt.pt"):
-            if old.exists() and old.stat().st_size > 0:
+            if old.exists() and old.stat().st_size > 0:  # an empty one is not worth keeping
                 os.replace(old, old.with_name(old.name + ".old"))
     elif path.exists():
         whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
         up_to_step = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
         partial = out_dir / "log.jsonl.partial"
-        partial.write_text("".join(up_to_step))
-        os.replace(partial, path)
+        try:
+            partial.write_text("".join(up_to_step))
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     return open(path, "a")
 
 
@@ -413,7 +435,8 @@ class Parser(argparse.ArgumentParser):
     def add_config(self, config_class, default=None):
         """An option for each field with a help text; only those given are in the parsed result.
 
-        `default`: in words, what the others are, if not the field's default or the preset.
+        default: how the help calls what is used where an option is not given; None: it names the
+        field's default and the presets.
         """
         readers = {int | None: int_or_none, bool: true_or_false}
         for field in dataclasses.fields(config_class):
@@ -471,15 +494,13 @@ def find_device(parser, name, local_rank=0):
     """The torch.device of --device, or a usage error. Plain `cuda`: the GPU of this process."""
     if name == "mps" and not torch.backends.mps.is_available():
         parser.error("--device mps is not on this machine: PyTorch finds no Apple GPU here")
-    names = ["cpu"]
-    if torch.cuda.is_available():
-        names += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{local_rank}"
+    names = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         names.append("mps")
     if name not in names:
         parser.error(f"--device {name} is not on this machine; it has: {', '.join(names)}")
-    if name == "cuda":
-        name = f"cuda:{local_rank}"
     device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -512,13 +533,17 @@ def start(parser, options, device):
     if resume or init_from:
         checkpoint_path = init_from or Path(options.get("out_dir", TrainConfig.out_dir), "ckpt.pt")
         checkpoint = load_checkpoint(checkpoint_path)
-        changeable = fields_of(SepConfig, options) if init_from else {}  # they have no weights
+        # the attention's settings shape no weights, so a new training may change them
+        changeable = fields_of(SepConfig, options) if init_from else {}
         for name, value in fields_of(GPTConfig, options).items():
             stored = getattr(checkpoint.model.config, name)
             if value != stored and name not in changeable:
                 parser.error(f"--{name} is {stored} in {checkpoint_path} and can't be changed here")
 
-    defaults = checkpoint.info["train_config"] if resume else preset
+    defaults = preset
+    if resume:  # its folder may have been moved, and the device may be another one
+        defaults = {**checkpoint.info["train_config"], "out_dir": str(checkpoint_path.parent),
+                    "device": str(device)}
     with parser.usage_errors():
         cfg = TrainConfig(**fields_of(TrainConfig, {**defaults, **options}))
 
@@ -556,12 +581,12 @@ def main():
     parser.add_argument("--init_from", metavar="CKPT", help="start from this checkpoint's weights; "
                         "its shape is kept, and its\nattention may change (post-training)")
     parser.add_argument("--resume", action="store_true",
-                        help="continue the run in out_dir where its checkpoint was written")
+                        help="continue the run in out_dir from the step of its checkpoint")
     options = vars(parser.parse_args())  # of the configurations' fields, only those given
     if options["resume"] and options["init_from"]:
         parser.error("--resume continues a run and --init_from starts one; give one of them")
     device = find_device(parser, options.get("device", TrainConfig.device),
-                         os.environ.get("LOCAL_RANK", 0))
+                         int(os.environ.get("LOCAL_RANK", 0)))
     if "WORLD_SIZE" in os.environ:
         if device.type == "mps":
             parser.error("--device mps trains in one process; start it without torchrun")
@@ -579,7 +604,8 @@ def main():
         if not dist.is_initialized():
             raise
         reason = str(error).splitlines()[0][:120]
-        sys.exit(f"train.py: another process of this run has ended ({reason}); go on with --resume")
+        sys.exit(f"train.py: stopped by an error, perhaps because another process has ended "
+                 f"({reason}); go on with --resume")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

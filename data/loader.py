@@ -23,7 +23,8 @@ GPT2_META = dict(vocab_size=50304, dtype="uint16", separators=GPT2_SEPARATORS,
 def load_data(name):
     """The data in the folder `name`, or in data/<name>: (train tokens, validation tokens, meta).
 
-    The tokens stay on the disk (np.memmap). Where not every value is a token, all are read once.
+    The tokens stay on the disk (np.memmap). If their dtype can hold values beyond the vocabulary,
+    all of them are read once, to be checked.
     ValueError in one sentence for whatever the files hold that cannot be used.
     """
     folder = DATA_FOLDER / name
@@ -56,7 +57,8 @@ def check_meta(meta):
     vocab_size   number of different tokens
     dtype        uint8 or uint16, of the tokens in the .bin files
     separators   token ids
-    answers      token ids; if there are any, the loss is taken where one of them is the target
+    answers      token ids; if there are any, the loss is taken where one of them is the target, so
+                 every text of block_size tokens must hold some, best equally many
     record       batches start at multiples of this many tokens (default 1: anywhere)
     """
     require(isinstance(meta, dict), "it is not an object")
@@ -105,7 +107,7 @@ def get_batch(tokens, meta, batch_size, block_size, rng):
     stretches = np.stack([tokens[start:start + block_size + 1] for start in starts])
     stretches = torch.from_numpy(stretches.astype(np.int64))  # (batch_size, block_size + 1)
     x = stretches[:, :-1]
-    y = stretches[:, 1:].contiguous()
+    y = stretches[:, 1:].clone()  # x stays as it is when targets are struck out below
     if meta["answers"]:
         is_answer = torch.isin(y, torch.tensor(meta["answers"]))
         y[~is_answer] = -1

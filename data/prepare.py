@@ -122,7 +122,7 @@ def write_docs(train, val):
 
 
 def docs_files():
-    """The Python files of the three, in an order that is the same every time."""
+    """The Python files of the standard library, NumPy and torch, in the same order every time."""
     folders = [Path(sysconfig.get_path("stdlib"))]
     for package in ("numpy", "torch"):
         spec = importlib.util.find_spec(package)  # finds the files, and imports nothing

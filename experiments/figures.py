@@ -192,7 +192,7 @@ def recall_by_distance(names, curves):
     axes.axhline(10, color=GREY, linewidth=1, linestyle=(0, (1, 3)))
     axes.text(0, 12, "guessing", fontsize=9)
     axes.set_xticks(x, names)
-    axes.set_xlabel("tokens back to the last mention of the fact (window 8)")
+    axes.set_xlabel("facts back to the last mention (a fact: 3 tokens; window: 8 tokens)")
     axes.set_ylabel("recalled, %")
     axes.set_ylim(0, 104)
     axes.legend(loc="lower left", bbox_to_anchor=(0.02, 0.12))
@@ -227,6 +227,7 @@ def loss_by_kv(panels):
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("keys kept, % of full attention's")
         axes.legend(fontsize=9)
+    row[0][1].sharey(row[0][0])  # both of books
     row[0][0].set_ylabel("validation loss, nats per byte")
     figure.tight_layout()
     save(figure, "loss_by_kv")

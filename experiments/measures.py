@@ -11,11 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import apply_rope, norm, rope_cos_sin, rope_frequencies
+from model import ROPE_BASE, apply_rope, norm, rope_cos_sin, rope_frequencies
 from sep_cache import SepCache, far_layout, is_kept
-
-ROPE_BASE = 10000.0
-
 
 # ---- costs
 
@@ -42,14 +39,19 @@ def flops_per_token(model, mean_keys):
 # ---- losses
 
 
-def blocks_of(tokens, block_size, n_blocks, record=1):
-    """Up to n_blocks stretches, evenly spaced over the text: (N, block_size + 1) int64.
+def block_starts(tokens, block_size, n_blocks, record=1):
+    """Where up to n_blocks texts of block_size + 1 tokens begin, evenly spaced: (N,) int64.
 
     record: they begin at multiples of this many tokens.
     """
     n_blocks = min(n_blocks, (len(tokens) - 1) // block_size)
     last_start = (len(tokens) - block_size - 1) // record
-    starts = np.linspace(0, last_start, n_blocks).astype(np.int64) * record
+    return np.linspace(0, last_start, n_blocks).astype(np.int64) * record
+
+
+def blocks_of(tokens, block_size, n_blocks, record=1):
+    """The texts that begin at `block_starts`: (N, block_size + 1) int64."""
+    starts = block_starts(tokens, block_size, n_blocks, record)
     blocks = np.stack([tokens[s:s + block_size + 1] for s in starts])
     return torch.from_numpy(blocks.astype(np.int64))
 
@@ -70,7 +72,7 @@ class Stream(NamedTuple):
 
     nats: np.ndarray  # (n,) float32, loss of each token but the first
     seconds: np.ndarray  # of each chunk, CPU time
-    rows: float  # keys that the last token sees
+    n_keys: float  # that the last token sees
     mib: float  # of the cache at the end
 
 
@@ -93,8 +95,8 @@ def stream_nats(model, tokens, chunk_size):
 
 
 @torch.inference_mode()
-def open_forward(model, ids, attention):
-    """Logits (B, T, V) of ids (B, T), with `attention(layer_idx, q, k, v)` in the model's place.
+def forward_with(model, ids, attention):
+    """Logits (B, T, V) of ids (B, T), with `attention(layer_idx, q, k, v)` for the model's own.
 
     q, k, v and the result: (B, H, T, D); q and k are normalised, and not yet rotated.
     """
@@ -113,8 +115,8 @@ def open_forward(model, ids, attention):
 def probabilities(q, k, hidden=None):
     """Causal attention at the text's positions: q, k (B, H, T, D) -> (B, H, T, T).
 
-    hidden: bool, broadcast to (B, H, T, T); True where a query must not see a key. A query that
-    would see nothing keeps itself.
+    hidden: bool, broadcast to (B, H, T, T); True where a query must not see a key. Every query
+    keeps its own key, whatever `hidden` says.
     """
     T, D = q.shape[2:]
     cos_sin = rope_cos_sin(torch.arange(T), rope_frequencies(D, ROPE_BASE, q.device), q.dtype)
@@ -134,7 +136,7 @@ def attention_maps(model, ids):
         maps.append(p)
         return p @ v
 
-    open_forward(model, ids, attention)
+    forward_with(model, ids, attention)
     return torch.stack(maps)
 
 
@@ -160,7 +162,7 @@ def changed_nats(model, ids, hidden_keys=None, silent_heads=()):
                 y[:, head] = 0
         return y
 
-    logits = open_forward(model, ids[:, :-1], attention)
+    logits = forward_with(model, ids[:, :-1], attention)
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
 
 
@@ -182,7 +184,7 @@ def lift(p, far, kind):
 
 
 def far_pairs(T, distance, sinks=0):
-    """The pairs (query, key) at `distance` or more, sinks apart: (T, T) bool."""
+    """The pairs (query, key) at `distance` or more, without keys that are sinks: (T, T) bool."""
     positions = torch.arange(T)
     far = positions[:, None] - positions >= distance
     return far & (positions >= sinks)
@@ -213,7 +215,7 @@ def rule_nats(model, tokens, rule, chunk_size=256):
         for first in range(0, T, chunk_size):
             part = slice(first, min(first + chunk_size, T))
             keys = k[0][:, rows[part]]  # (H, t, M, D)
-            # the query stands at 0
+            # keys are rotated by -distance, so the query needs no rotation
             cos, sin = rope_cos_sin(-distance[part].flatten(), frequencies, k.dtype)
             shape = (*rows[part].shape, -1)
             keys = apply_rope(keys, (cos.view(shape), sin.view(shape)))
@@ -222,7 +224,7 @@ def rule_nats(model, tokens, rule, chunk_size=256):
             y[0, :, part] = (p[:, :, None] @ v[0][:, rows[part]])[:, :, 0]
         return y
 
-    logits = open_forward(model, ids[:, :-1], attention)
+    logits = forward_with(model, ids[:, :-1], attention)
     return F.cross_entropy(logits[0], ids[0, 1:], reduction="none").numpy()
 
 
@@ -269,9 +271,8 @@ def visible_keys(ids, config, rule):
 def mention_distances(text, least_length=4, names_only=False):
     """How far back the last mention of a byte's word lies: `text`, n bytes -> (n,) int64.
 
-    Counts the bytes of a word after its first two, which leave little doubt which word it is. 0:
-    the first mention; -1: not counted. names_only: words that begin with a capital and never stand
-    in the text without it.
+    Counts the bytes of a word after its first two, which narrow it down. 0: the first mention;
+    -1: not counted. names_only: words that begin with a capital and never stand without it.
     """
     words = list(re.finditer(rb"[A-Za-z]+", text))
     written = {word.group() for word in words}
@@ -307,16 +308,15 @@ def fact_distances(ids, answers):
 # ---- small statistics
 
 
-def mean_and_error(differences, chosen=None, stretch=1000):
+def mean_and_error(differences, chosen=None, n_stretches=20):
     """Mean of the chosen (n,) of the differences (n,), and its standard error.
 
-    Neighbours in a text are not independent, so the error is taken over stretches of 1,000 tokens.
+    Neighbours in a text are not independent: the error is taken over n_stretches equal parts of it.
     """
     if chosen is None:
         chosen = np.ones(len(differences), dtype=bool)
     mean = differences[chosen].mean(dtype=np.float64)
     residuals = np.where(chosen, differences - mean, 0)
-    sums = np.add.reduceat(residuals, np.arange(0, len(residuals), stretch))
-    n_stretches = np.count_nonzero(sums)
+    sums = np.array([stretch.sum() for stretch in np.array_split(residuals, n_stretches)])
     variance = (sums**2).sum() * n_stretches / (n_stretches - 1)
     return float(mean), float(variance**0.5 / chosen.sum())

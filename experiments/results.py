@@ -15,6 +15,9 @@ Each function below is one question. The runs are listed in `runs.py`, the arith
     python data/prepare.py                                the documentation on this machine
     python data/prepare.py --source recall
     python data/prepare.py --text FILE --out data/books   10 MB of books; others for --unseen
+    python data/prepare.py --text FILE --out data/spaces --separators $'.,?!;:\\n \\t'
+    perl -0pe 's/(?<!\\n)\\n(?!\\n)/ /g' FILE > JOINED      the same books without line breaks in
+    python data/prepare.py --text JOINED --out data/unwrapped          their paragraphs
 """
 import argparse
 import re
@@ -32,6 +35,7 @@ from experiments import figures
 from experiments.measures import (
     FAR_RULES,
     attention_maps,
+    block_starts,
     blocks_of,
     changed_nats,
     fact_distances,
@@ -48,8 +52,8 @@ from experiments.runs import (
     BYTES_PER_STEP,
     MODES,
     SEEDS,
+    VALIDATION_BYTES,
     Lab,
-    Run,
     books_run,
     describe,
     docs_run,
@@ -72,9 +76,11 @@ def table(name, head, rows):
     """Print a table, and put it into RESULTS.md between the comments that name it."""
     text = markdown(head, rows)
     print(f"\n{name}\n{text}", flush=True)
-    if RESULTS.exists():
-        place = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        RESULTS.write_text(place.sub(rf"\g<1>{text}\n\g<2>", RESULTS.read_text()))
+    place = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    page, n_places = place.subn(lambda match: f"{match[1]}{text}\n{match[2]}", RESULTS.read_text())
+    if n_places == 0:
+        print(f"results.py: RESULTS.md has no place for the table {name}", file=sys.stderr)
+    RESULTS.write_text(page)
 
 
 def markdown(head, rows):
@@ -121,10 +127,18 @@ def mask(lab):
 
 # ---- lift: do separators receive more attention than their number?
 
+KINDS_OF_TEXT = {"line breaks": "\n", "`. , ? ! ; :`": ".,?!;:", "spaces": " ", "`e`": "e",
+                 "`a`": "a", "`o`": "o"}
+KINDS_OF_LEDGER = {"full stops": ".", "keys": "abcdefgh", "values": "0123456789"}
+
 
 def lifts(lab):
     """Attention by kind of key in models with full attention, and what it is worth."""
-    for run, n_texts in ((docs_run("full"), 32), (BOOKS_FULL, 6), (recall_run("full"), 256)):
+    heads = []
+    without_kinds = {}
+    readers = []
+    for run, n_texts in ((docs_run("full"), 64), (BOOKS_FULL, 16),
+                         (books_run("full", 64, data="unwrapped"), 16), (recall_run("full"), 256)):
         if not lab.finished([run]):
             continue
         model = lab.model(run)
@@ -133,11 +147,25 @@ def lifts(lab):
         is_separator = torch.isin(blocks[:, :-1], torch.tensor(model.config.separators))
         lift_through_training(lab, run, blocks, is_separator)
         found = lift_at_the_end(lab, run, model, blocks, is_separator, meta["answers"])
+        strongest = np.unravel_index(found["lift_8"].argmax(), found["lift_8"].shape)
         figures.lift_by_head(found["lift_8"], run.data)
+        heads += rows_of_heads(run.data, found, strongest)
+        without_kinds[run.data] = losses_without_kinds(lab, run, model, blocks, is_separator,
+                                                       meta["answers"])
         if run.data != "recall":
-            strongest_head(lab, run, model, blocks, found["lift_8"])
+            readers += what_a_head_reads(lab, run, model, blocks, strongest)
         if run.data == "docs":
-            draw_heat_map(model, found["lift_8"], val)
+            draw_heat_map(model, strongest, val)
+    table("lift", ["data", "layer.head", "lift of separators beyond 8", "beyond 32",
+                   "share of attention beyond 8", "loss: its separators hidden",
+                   "as many other keys hidden", "head silent"], heads)
+    ledgers = without_kinds.pop("recall", {})
+    for name, columns in (("hidden", without_kinds), ("hidden-recall", {"recall": ledgers})):
+        labels = dict.fromkeys(label for column in columns.values() for label in column)
+        rows = [[label, *(column[label] for column in columns.values())] for label in labels]
+        table(name, ["hidden in all heads", *columns], rows)
+    table("head", ["data: head", "keys", "share of all tokens", "lift beyond 8",
+                   "loss when hidden", "on line breaks", "on spaces", "on all else"], readers)
 
 
 def lift_through_training(lab, run, blocks, is_separator):
@@ -154,93 +182,126 @@ def lift_through_training(lab, run, blocks, is_separator):
 
 
 def lift_at_the_end(lab, run, model, blocks, is_separator, answers):
-    """Two tables: head by head, and all heads at once. Returns what is in them."""
+    """(n_layer, n_head) each: lift beyond 8 and 32, share of attention beyond 8, losses without."""
 
     def compute():
+        far = far_pairs(is_separator.shape[1], 8)
+        n_queries = far.any(1).sum() * len(blocks)
+        maps = attention_maps(model, blocks[:, :-1])
+        share = torch.stack([(p * far).sum((0, 2, 3)) / n_queries for p in maps])
         return dict(lift_8=lift_of_heads(model, blocks, is_separator, 8),
-                    lift_32=lift_of_heads(model, blocks, is_separator, 32),
-                    **lift_of_sinks(model, blocks),
-                    **losses_without(model, blocks, is_separator, answers))
+                    lift_32=lift_of_heads(model, blocks, is_separator, 32), share=share.numpy(),
+                    **losses_without_heads(model, blocks, is_separator, answers))
 
-    found = lab.remember(f"{run.name}-lift", compute)
-    rows = []
-    for at in np.ndindex(found["lift_8"].shape):
-        shares = [found[name][at] for name in ("lift_8", "lift_32", "sinks", "far")]
-        losses = [found[name][at] for name in ("separators", "others", "head")]
-        rows.append([f"{at[0] + 1}.{at[1] + 1}", *(f"{x:.2f}" for x in shares),
-                     *(f"{x:+.4f}" for x in losses)])
-    table(f"lift-{run.data}",
-          ["layer.head", "lift of separators beyond 8", "beyond 32", "lift of sinks beyond 8",
-           "share of attention beyond 8", "loss: its separators hidden",
-           "as many other keys hidden", "head silent"], rows)
-    table(f"lift-{run.data}-all", ["in all heads", "loss"], [
-        ["as trained", f"{found['base']:.4f}"],
-        ["separators beyond 8 hidden", f"{found['all_separators']:+.4f}"],
-        ["as many other keys hidden", f"{found['all_others']:+.4f}"],
-        ["sinks beyond 8 hidden", f"{found['all_sinks']:+.4f}"]])
-    return found
+    return lab.remember(f"{run.name}-lift-of-heads", compute)
 
 
-def lift_of_heads(model, blocks, is_separator, distance):
+def lift_of_heads(model, blocks, is_kind, distance):
     """(n_layer, n_head)."""
     maps = attention_maps(model, blocks[:, :-1])
     far = far_pairs(maps.shape[-1], distance, model.config.sinks)
-    return np.stack([lift(p, far, is_separator).numpy() for p in maps])
+    return np.stack([lift(p, far, is_kind).numpy() for p in maps])
 
 
-def lift_of_sinks(model, blocks):
-    """Lift of the sinks among all keys beyond 8, and the share of attention that goes there."""
-    maps = attention_maps(model, blocks[:, :-1])
-    T = maps.shape[-1]
-    far = far_pairs(T, 8)
-    is_sink = (torch.arange(T) < model.config.sinks).expand(len(blocks), T)
-    n_queries = far.any(1).sum() * len(blocks)
-    shares = [(p * far).sum((0, 2, 3)) / n_queries for p in maps]
-    return dict(sinks=np.stack([lift(p, far, is_sink).numpy() for p in maps]),
-                far=np.stack([share.numpy() for share in shares]))
+def losses_without_heads(model, blocks, is_separator, answers):
+    """What is lost when a head is silent or loses keys beyond 8: (n_layer, n_head) each.
 
-
-def losses_without(model, blocks, is_separator, answers):
-    """What the loss gains when keys beyond 8 are hidden from a head, or it is silent.
-
-    The control hides as many other keys, drawn at random, in the place of the separators.
+    separators: it loses those; others: as many other keys; head: it is silent.
     """
-    T = is_separator.shape[1]
-    far = far_pairs(T, 8, model.config.sinks)
-    generator = torch.Generator().manual_seed(0)
-    draw = torch.rand(is_separator.shape, generator=generator)
-    order = draw.masked_fill(is_separator, 2).argsort(1)  # other tokens first, at random
-    is_drawn = torch.arange(T) < is_separator.sum(1, keepdim=True)
-    is_other = torch.zeros_like(is_separator).scatter(1, order, is_drawn)
-    is_sink = torch.arange(T) < model.config.sinks
-    hidden = dict(separators=far & is_separator[:, None], others=far & is_other[:, None],
-                  sinks=far_pairs(T, 8) & is_sink)
-
-    targets = blocks[:, 1:]
-    counts = torch.ones_like(targets, dtype=torch.bool)
-    if answers:
-        counts = torch.isin(targets, torch.tensor(answers))
+    far = far_pairs(is_separator.shape[1], 8, model.config.sinks)
+    hidden = dict(separators=far & is_separator[:, None],
+                  others=far & as_many_others(is_separator)[:, None])
+    counts = what_counts(blocks, answers)
+    base = changed_nats(model, blocks)[counts].mean()
 
     def loss(**changes):
-        return changed_nats(model, blocks, **changes)[counts].mean().item()
+        return changed_nats(model, blocks, **changes)[counts].mean() - base
 
     shape = (model.config.n_layer, model.config.n_head)
-    base = loss()
-    found = dict(base=base, separators=np.zeros(shape), others=np.zeros(shape),
-                 head=np.zeros(shape))
+    found = {name: np.zeros(shape) for name in ("separators", "others", "head")}
     for at in np.ndindex(shape):
-        for kind in ("separators", "others"):
-            found[kind][at] = loss(hidden_keys={at: hidden[kind]}) - base
-        found["head"][at] = loss(silent_heads=[at]) - base
-    for kind, pairs in hidden.items():
-        in_all_heads = dict.fromkeys(np.ndindex(shape), pairs)
-        found[f"all_{kind}"] = loss(hidden_keys=in_all_heads) - base
+        for kind, pairs in hidden.items():
+            found[kind][at] = loss(hidden_keys={at: pairs})
+        found["head"][at] = loss(silent_heads=[at])
     return found
 
 
-def strongest_head(lab, run, model, blocks, lift_by_head):
-    """What the head with the highest lift reads, and which predictions need it."""
-    at = tuple(int(i) for i in np.unravel_index(lift_by_head.argmax(), lift_by_head.shape))
+def what_counts(blocks, answers):
+    """The predictions whose loss is taken: all, or the values that an earlier mention tells."""
+    if not answers:
+        return torch.ones_like(blocks[:, 1:], dtype=torch.bool)
+    return fact_distances(blocks, answers)[:, 1:] > 0
+
+
+def as_many_others(is_kind):
+    """As many keys of each text as there are of the kind, drawn from the others: (B, T) bool."""
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.rand(is_kind.shape, generator=generator)
+    order = draw.masked_fill(is_kind, 2).argsort(1)  # the others first, in random order
+    is_drawn = torch.arange(is_kind.shape[1]) < is_kind.sum(1, keepdim=True)
+    return torch.zeros_like(is_kind).scatter(1, order, is_drawn)
+
+
+def rows_of_heads(data, found, strongest):
+    """Two rows of the table: the head with the highest lift, and the median of the others."""
+    forms = dict(lift_8=".2f", lift_32=".2f", share=".2f", separators="+.4f", others="+.4f",
+                 head="+.4f")
+    is_other = np.ones(found["lift_8"].shape, dtype=bool)
+    is_other[strongest] = False
+    layer, head = strongest
+    others = [np.median(found[name][is_other]) for name in forms]
+    return [[data, f"{layer + 1}.{head + 1}",
+             *(format(found[name][strongest], form) for name, form in forms.items())],
+            [data, "median of the others",
+             *(format(value, form) for value, form in zip(others, forms.values(), strict=True))]]
+
+
+def losses_without_kinds(lab, run, model, blocks, is_separator, answers):
+    """What is lost when all keys of a kind beyond 8 are hidden from all heads: {kind: cell}."""
+    ids = blocks[:, :-1]
+    T = ids.shape[1]
+    kinds = {"all separators": is_separator,
+             "as many others, at random": as_many_others(is_separator)}
+    for label, characters in (KINDS_OF_LEDGER if answers else KINDS_OF_TEXT).items():
+        kinds[label] = torch.isin(ids, torch.tensor(list(characters.encode())))
+    first = {"position 0": 0, "position 3": 3, "position 6": 6} if answers else {
+        "positions 0 to 3": slice(0, 4), "positions 4 to 7": slice(4, 8)}
+    for label, positions in first.items():
+        kinds[label] = torch.zeros_like(is_separator)
+        kinds[label][:, positions] = True
+
+    def compute():
+        counts = what_counts(blocks, answers)
+        trained = changed_nats(model, blocks)
+        found = {}
+        for label, is_kind in kinds.items():
+            far = far_pairs(T, 8, 0 if label in first else model.config.sinks)
+            in_all_heads = dict.fromkeys(np.ndindex(model.config.n_layer, model.config.n_head),
+                                         far & is_kind[:, None])
+            increase = changed_nats(model, blocks, in_all_heads) - trained
+            found[label] = mean_and_error(increase.numpy().flatten(), counts.numpy().flatten(),
+                                          n_stretches=len(ids))
+            if label in first:  # of queries that have all of these keys beyond 8
+                far[:16] = False
+                maps = attention_maps(model, ids)
+                lifts = np.stack([lift(p, far, is_kind).numpy() for p in maps])
+                found[f"lift of {label}"] = [lifts.min(), lifts.max()]
+        return found
+
+    found = lab.remember(f"{run.name}-without-kinds", compute)
+    cells = {}
+    for label, is_kind in kinds.items():
+        mean, error = found[label]
+        cells[label] = f"{mean:+.4f} ± {error:.4f} ({is_kind.double().mean():.1%} of tokens)"
+        if label in first:
+            low, high = found[f"lift of {label}"]
+            cells[label] = f"{mean:+.4f} ± {error:.4f} (lift {low:.2f} to {high:.2f})"
+    return cells
+
+
+def what_a_head_reads(lab, run, model, blocks, at):
+    """Rows of the table: which keys a head reads, and which predictions need them."""
+    at = tuple(int(i) for i in at)
     ids = blocks[:, :-1]
     targets = blocks[:, 1:]
     is_break = ids == ord("\n")
@@ -254,29 +315,28 @@ def strongest_head(lab, run, model, blocks, lift_by_head):
         trained = changed_nats(model, blocks)
         found = {}
         for kind, is_kind in kinds.items():
-            gain = changed_nats(model, blocks, {at: far & is_kind[:, None]}) - trained
+            increase = changed_nats(model, blocks, {at: far & is_kind[:, None]}) - trained
             is_space, is_line_break = targets == ord(" "), targets == ord("\n")
-            found[kind] = [is_kind.double().mean(), lift(p, far, is_kind)[at[1]], gain.mean(),
-                           gain[is_line_break].mean(), gain[is_space].mean(),
-                           gain[~is_space & ~is_line_break].mean()]
+            found[kind] = [is_kind.double().mean(), lift(p, far, is_kind)[at[1]], increase.mean(),
+                           increase[is_line_break].mean(), increase[is_space].mean(),
+                           increase[~is_space & ~is_line_break].mean()]
         return found
 
     found = lab.remember(f"{run.name}-strongest-head", compute)
     rows = []
     for kind in kinds:
-        share, lift_of_kind, *gains = found[kind]
-        rows.append([kind, f"{share:.1%}", f"{lift_of_kind:.2f}", *(f"{x:+.4f}" for x in gains)])
-    table(f"head-{run.data}",
-          [f"keys of head {at[0] + 1}.{at[1] + 1}", "share of all tokens", "lift beyond 8",
-           "loss when hidden", "on line breaks", "on spaces", "on all else"], rows)
+        share, lift_of_kind, *increases = found[kind]
+        rows.append([f"{run.data}: {at[0] + 1}.{at[1] + 1}", kind, f"{share:.1%}",
+                     f"{lift_of_kind:.2f}", *(f"{x:+.4f}" for x in increases)])
+    return rows
 
 
 SENTENCE = "Return the sum, rounded.\nIf empty, return 0. See also: mean.\n"
 
 
-def draw_heat_map(model, lift_by_head, val):
-    """The head with the highest lift over a sentence, which follows other text as in training."""
-    layer, head = np.unravel_index(lift_by_head.argmax(), lift_by_head.shape)
+def draw_heat_map(model, at, val):
+    """A head over a sentence, which follows other text as in training."""
+    layer, head = at
     before = bytes(val[:128].tolist())
     ids = torch.tensor([list(before + SENTENCE.encode())])
     p = attention_maps(model, ids)[layer, 0, head, 128:, 128:]
@@ -289,7 +349,7 @@ def draw_heat_map(model, lift_by_head, val):
 def scratch(lab):
     """Every mode from scratch on the documentation, three seeds."""
     runs = [docs_run(attn, seed) for attn in MODES for seed in SEEDS]
-    finished = lab.finished([*runs, docs_run("streamingllm", 0, window=48)])
+    finished = lab.finished([*runs, *(docs_run("streamingllm", seed, window=48) for seed in SEEDS)])
     _, val, _ = load_data("docs")
     rows = []
     for mode, group in by_mode(finished).items():
@@ -298,30 +358,30 @@ def scratch(lab):
         last, mean = costs(model, val)
         tflop = flops_per_token(model, mean) * 1000 * BYTES_PER_STEP / 1e12
         full = [docs_run("full", run.seed) for run in group]
-        gains = [lab.val_loss(run) - lab.val_loss(other)
-                 for run, other in zip(group, full, strict=True) if other in finished]
-        rows.append([mode, len(group), over_seeds([lab.val_loss(run) for run in group]),
-                     over_seeds(gains, "+.4f") if gains else "", f"{last:.0f}", f"{last / T:.1%}",
-                     f"{mean / ((T + 1) / 2):.1%}", f"{tflop:.1f}"])
-    table("scratch", ["attn", "seeds", "validation loss", "less full of the same seed",
+        differences = [lab.loss(run) - lab.loss(other)
+                       for run, other in zip(group, full, strict=True) if other in finished]
+        rows.append([mode, len(group), over_seeds([lab.loss(run) for run in group]),
+                     over_seeds(differences, "+.4f") if differences else "", f"{last:.0f}",
+                     f"{last / T:.1%}", f"{mean / ((T + 1) / 2):.1%}", f"{tflop:.1f}"])
+    table("scratch", ["attn", "seeds", "validation loss", "minus full, same seed",
                       "keys at the end", "KV kept", "pairs computed", "TFLOP"], rows)
 
 
 # ---- recall
 
 
-RECALL_EDGES = (3, 6, 9, 12, 18, 24, 36, 63)
+RECALL_EDGES = (1, 2, 3, 4, 6, 8, 12, 21)  # facts of 3 tokens
 
 
 def recall(lab):
-    """The accuracy of a value by the distance of its key's last mention."""
+    """The accuracy of a value by how many facts lie between it and its key's last mention."""
     runs = [recall_run(attn, seed) for attn in ("sep", "streamingllm") for seed in SEEDS]
     finished = lab.finished([recall_run("full"), recall_run("fixed"), *runs])
     if not finished:
         return
     _, val, meta = load_data("recall")
     ids = torch.from_numpy(val[:2000 * meta["record"]].astype(np.int64)).view(-1, meta["record"])
-    distance = fact_distances(ids, meta["answers"])[:, 1:]
+    distance = fact_distances(ids, meta["answers"])[:, 1:] // 3
     bins = [(distance >= a) & (distance < b) for a, b in pairwise(RECALL_EDGES)]
     accuracies = {}
     for run in finished:
@@ -334,14 +394,21 @@ def recall(lab):
         accuracy = lab.remember(f"{run.name}-accuracy", compute)["accuracy"]
         accuracies.setdefault(run.mode, []).append(accuracy)
     curves = {attn: np.array(accuracies[attn]) for attn in MODES if attn in accuracies}
-    names = [f"{a} to {b - 1}" for a, b in pairwise(RECALL_EDGES)]
+    names = [f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in pairwise(RECALL_EDGES)]
     rows = [[name, *(over_seeds(curve[:, i], ".1%") for curve in curves.values())]
             for i, name in enumerate(names)]
-    seeds = [f"{attn}, seeds: {len(curve)}" for attn, curve in curves.items()]
-    table("recall", ["distance", *seeds], rows)
+    heads = []
+    for attn, curve in curves.items():
+        last, _ = costs(lab.model(recall_run(attn)), val)
+        heads.append(f"{attn}, {last:.0f} keys at the end, {len(curve)} seeds")
+    table("recall", ["facts back", *heads], rows)
     figures.recall_by_distance(names, curves)
     steps = range(200, 2001, 200)
     rows = [[run.name, *(f"{lab.val_losses(run)[step]:.3f}" for step in steps)] for run in finished]
+    is_value = torch.isin(ids[:, 1:], torch.tensor(meta["answers"]))
+    unknowable = (distance[is_value] == 0).double().mean().item()  # first mentions
+    floor = unknowable * np.log(len(meta["answers"]))
+    rows.append(["the least that is possible", *[""] * (len(steps) - 1), f"{floor:.3f}"])
     table("recall-learning", ["run", *steps], rows)
 
 
@@ -354,7 +421,7 @@ WINDOWS = (16, 32, 64, 128)
 def books(lab):
     """A longer context and prose: loss by compute, by keys kept, by position."""
     runs = [BOOKS_FULL, books_run("fixed", 64)]
-    runs += [books_run(attn, window) for window in WINDOWS for attn in ("sep", "streamingllm")]
+    runs += [books_run(attn, window) for attn in ("streamingllm", "sep") for window in WINDOWS]
     for seed in SEEDS[1:]:
         runs += [books_run("sep", 16, seed), books_run("streamingllm", 32, seed)]
     finished = lab.finished(runs)
@@ -369,7 +436,7 @@ def books(lab):
         T = model.config.block_size
         last, mean = costs(model, val)
         flops = flops_per_token(model, mean) * BYTES_PER_STEP  # of a step
-        losses = [lab.val_loss(run) for run in group]
+        losses = [lab.loss(run) for run in group]
         rows.append([mode, len(group), over_seeds(losses), f"{last:.0f}", f"{last / T:.1%}",
                      f"{mean / ((T + 1) / 2):.1%}", f"{flops * 700 / 1e12:.1f}"])
         history = lab.val_losses(group[0])
@@ -379,7 +446,7 @@ def books(lab):
         by_kv.setdefault(mode.split(",")[0], []).append((last / T, np.mean(losses)))
     table("books", ["attn", "seeds", "validation loss", "keys at the end", "KV kept",
                     "pairs computed", "TFLOP"], rows)
-    shown = ["full", "fixed, window 64", "streamingllm, window 128", "sep, window 64"]
+    shown = ["full", "fixed, window 64", "streamingllm, window 32", "sep, window 16"]
     figures.loss_by_compute({mode: by_compute[mode] for mode in shown if mode in by_compute})
     books_by_position(lab, [run for run in finished if run.seed == 0])
     training_free(lab, by_kv)
@@ -404,7 +471,7 @@ def training_free(lab, trained):
             continue
         _, val, _ = load_data(run.data)
         T = lab.model(run).config.block_size
-        loss = lab.block_nats(run).mean()
+        loss = lab.loss(run)
         points = {"full": [(1.0, loss)]}
         rows = [["full", "", T, "100.0%", f"{loss:.4f}"]]
         for attn in ("streamingllm", "sep"):
@@ -421,7 +488,7 @@ def training_free(lab, trained):
 
 
 def post(lab):
-    """Post-training: full attention goes on as it is, with sep, or with a window of equal rows."""
+    """Post-training: full attention goes on as it is, with sep, or with a window of equal keys."""
     modes = (("full", 64), ("sep", 32), ("streamingllm", 64))
     finished = lab.finished([post_run(attn, window) for attn, window in modes])
     if not finished:
@@ -468,98 +535,94 @@ def positions(lab):
 # ---- long streams
 
 
-EQUAL_ROWS = {  # sep, and streamingllm with as many rows, each trained for it
-    "docs, 52 rows": [(docs_run("sep", seed), docs_run("streamingllm", seed, window=48))
-                      for seed in SEEDS],
-    "books, 36 rows": [(books_run("sep", 16, seed), books_run("streamingllm", 32, seed))
-                       for seed in SEEDS],
-    "books, 36 rows, 2,100 steps": [(longer_run("sep", 16), longer_run("streamingllm", 32))],
-    "books, 36 rows, 2.7 million parameters": [(larger_run("sep", 16),
-                                                larger_run("streamingllm", 32))],
-    "books, 68 rows": [(books_run("sep", 32), books_run("streamingllm", 64))],
-    "books, 132 rows": [(books_run("sep", 64), books_run("streamingllm", 128))],
+COMPARISONS = {  # each model trained for the attention that it uses; a pair for each seed
+    "docs: sep 32 / streamingllm 48": [
+        (docs_run("sep", seed), docs_run("streamingllm", seed, window=48)) for seed in SEEDS],
+    "docs: sep 32 / streamingllm 32": [
+        (docs_run("sep", seed), docs_run("streamingllm", seed)) for seed in SEEDS],
+    "docs: sep 32 / fixed 32": [(docs_run("sep", seed), docs_run("fixed", seed)) for seed in SEEDS],
+    "books: sep 16 / streamingllm 32": [
+        (books_run("sep", 16, seed), books_run("streamingllm", 32, seed)) for seed in SEEDS],
+    "the same, 2,100 steps for 700": [(longer_run("sep", 16), longer_run("streamingllm", 32))],
+    "the same, 2.7 million parameters": [(larger_run("sep", 16), larger_run("streamingllm", 32))],
+    "the same, lines not wrapped": [(books_run("sep", 16, data="unwrapped"),
+                                     books_run("streamingllm", 32, data="unwrapped"))],
+    "books: sep 32 / streamingllm 64": [(books_run("sep", 32), books_run("streamingllm", 64))],
+    "books: sep 64 / streamingllm 128": [(books_run("sep", 64), books_run("streamingllm", 128))],
 }
-
 FAR_MENTIONS = [(kind, a, b) for kind in ("words", "names") for a, b in ((32, 256), (256, 1024))]
 
 
 def stream(lab):
-    """A million unseen bytes at equal rows, by position; words that come again."""
+    """A million unseen bytes as a stream: who is ahead, and on which bytes."""
     rows = []
-    rows_by_position = []
-    rows_of_names = []
-    for name, pairs in EQUAL_ROWS.items():
+    rows_of_kinds = []
+    rows_of_mentions = []
+    for name, pairs in COMPARISONS.items():
         pairs = [pair for pair in pairs if len(lab.finished(pair)) == 2]
         if not pairs:
             continue
         _, val, _ = load_data(pairs[0][0].data)
-        # (seeds, 2, n)
-        nats = np.array([[lab.stream(run, val, "val")["nats"] for run in pair] for pair in pairs])
+        streams = [[lab.stream(run, val, "val") for run in pair] for pair in pairs]
+        nats = np.array([[s["nats"] for s in pair] for pair in streams])  # (seeds, 2, n)
         difference = nats[:, 0] - nats[:, 1]
-        sep, window = np.exp(nats.mean(2)).T
-        rows.append([name, over_seeds(sep, ".3f"), over_seeds(window, ".3f"),
+        ours, theirs = np.exp(nats.mean(2)).T
+        rows.append([name, " / ".join(f"{s['n_keys']:.0f}" for s in streams[0]),
+                     over_seeds(ours, ".3f"), over_seeds(theirs, ".3f"),
                      ", ".join(plus_minus(of_a_seed) for of_a_seed in difference)])
-        rows_by_position.append([name, *stream_by_position(nats.mean(0))])
-        gaps = {kind: mention_distances(bytes(val.tolist()), names_only=kind == "names")[1:]
-                for kind in ("words", "names")}  # of the predicted bytes
-        for (run, _), of_a_seed in zip(pairs, difference, strict=True):
-            cells = [plus_minus(of_a_seed, (gaps[kind] >= a) & (gaps[kind] < b))
-                     for kind, a, b in FAR_MENTIONS]
-            rows_of_names.append([name, run.seed, *cells])
-        if name in ("docs, 52 rows", "books, 36 rows", "books, 132 rows"):
-            words(name.replace(", ", "-").replace(" ", "-"), gaps, nats)
-    table("stream", ["", "sep: perplexity", "streamingllm",
-                     "difference in nats, a number for each seed"], rows)
-    table("stream-positions", ["sep / streamingllm", "first 1,000", "to 10,000", "to 100,000",
-                               "after that"], rows_by_position)
-    head = [f"{kind}, {a} to {b - 1} bytes back" for kind, a, b in FAR_MENTIONS]
-    table("names", ["", "seed", *head], rows_of_names)
-    best_of_each(lab)
+        rows_of_kinds.append([name, *by_kind_of_byte(val[1:], difference.mean(0))])
+        rows_of_mentions.append([name, *by_mention(val, difference.mean(0))])
+    if lab.unseen is not None:
+        tokens, found = long_streams(lab)
+        if len(found) == 2:
+            difference = np.subtract(*(f["nats"] for f in found.values()))
+            rows_of_mentions.append(["books: sep 16 / streamingllm 32, 4,000,000 other bytes",
+                                     *by_mention(tokens, difference)])
+    table("stream", ["", "keys", "perplexity of the first", "of the second",
+                     "difference in nats, for each seed"], rows)
+    table("kinds", ["difference in nats per byte", "from line breaks", "from spaces",
+                    "from all else"], rows_of_kinds)
+    table("mentions", ["difference in nats", *(f"{kind}, {a} to {b - 1} bytes back"
+                                               for kind, a, b in FAR_MENTIONS)], rows_of_mentions)
+    fresh_and_streamed(lab)
 
 
-def stream_by_position(nats):
-    """The perplexities of both models, (2, n), in parts of the text."""
-    edges = (0, 1000, 10_000, 100_000, nats.shape[1])
-    return [" / ".join(f"{np.exp(part.mean()):.3f}" for part in nats[:, a:b])
-            for a, b in pairwise(edges)]
+def by_kind_of_byte(targets, difference):
+    """What the prediction of some bytes adds to the mean difference; the cells add up to it."""
+    is_break, is_space = targets == ord("\n"), targets == ord(" ")
+    return [plus_minus(np.where(is_kind, difference, 0))
+            for is_kind in (is_break, is_space, ~is_break & ~is_space)]
 
 
-def best_of_each(lab):
-    """All models over the same streams: is the opponent of equal rows a strong one?"""
-    runs = [docs_run(attn, seed) for attn in ("sep", "streamingllm") for seed in SEEDS]
-    runs += [run for pairs in EQUAL_ROWS.values() for pair in pairs for run in pair]
+def by_mention(text, difference):
+    """The mean difference on bytes of words whose last mention is beyond the window."""
+    gaps = {kind: mention_distances(bytes(text), names_only=kind == "names")[1:]
+            for kind in ("words", "names")}
+    return [plus_minus(difference, (gaps[kind] >= a) & (gaps[kind] < b))
+            for kind, a, b in FAR_MENTIONS]
+
+
+def fresh_and_streamed(lab):
+    """The same bytes, read as the second half of a fresh text of block_size, and in the stream."""
+    runs = [run for pairs in COMPARISONS.values() for pair in pairs for run in pair]
     finished = [run for run in dict.fromkeys(runs) if lab.is_finished(run)]
     rows = []
-    for data in ("docs", "books"):
+    for data in dict.fromkeys(run.data for run in finished):
         _, val, _ = load_data(data)
         for mode, group in by_mode([run for run in finished if run.data == data]).items():
-            found = [lab.stream(run, val, "val") for run in group]
-            perplexities = [np.exp(f["nats"].mean()) for f in found]
-            rows.append([f"{data}: {mode}", len(group), f"{found[0]['rows']:.0f}",
-                         over_seeds(perplexities, ".3f")])
-    table("stream-all", ["", "seeds", "rows", "perplexity"], rows)
-
-
-GAP_EDGES = (1, 32, 64, 128, 256, 512, 1024, 1 << 40)
-
-
-def words(name, gaps, nats):
-    """Loss on words by the distance of their last mention: nats (seeds, 2, n)."""
-    rows = []
-    difference = nats[:, 0] - nats[:, 1]
-    for kind, gap in gaps.items():
-        groups = {"first mention": gap == 0}
-        for a, b in pairwise(GAP_EDGES):
-            label = f"{a} and more" if b == GAP_EDGES[-1] else f"{a} to {b - 1}"
-            groups[label] = (gap >= a) & (gap < b)
-        for label, at in groups.items():
-            if at.sum() >= 100:
-                sep, window = nats[:, :, at].mean((0, 2))
-                rows.append([kind, label, f"{at.sum():,}", f"{sep:.4f}", f"{window:.4f}",
-                             plus_minus(difference.mean(0), at),
-                             ", ".join(f"{x:+.4f}" for x in difference[:, at].mean(1))])
-    table(f"words-{name}", ["of", "last mention, bytes back", "bytes", "sep", "streamingllm",
-                            "difference", "by seed"], rows)
+            T = lab.model(group[0]).config.block_size
+            starts = block_starts(val, T, VALIDATION_BYTES // T)
+            at = starts[:, None] + np.arange(T // 2, T)
+            streams = [lab.stream(run, val, "val") for run in group]
+            fresh = np.mean([lab.block_nats(run)[:, T // 2:] for run in group], axis=0)
+            streamed = np.mean([s["nats"][at] for s in streams], axis=0)
+            difference = (streamed - fresh).flatten()
+            rows.append([f"{data}: {mode}", len(group), f"{streams[0]['n_keys']:.0f}",
+                         f"{fresh.mean():.4f}", f"{streamed.mean():.4f}",
+                         plus_minus(difference),
+                         over_seeds([np.exp(s["nats"].mean()) for s in streams], ".3f")])
+    table("fresh", ["", "seeds", "keys", "fresh texts", "in the stream", "cost of the stream",
+                    "perplexity of the whole stream"], rows)
 
 
 def more_separators(lab):
@@ -574,44 +637,55 @@ def more_separators(lab):
             cells.append(f"{np.exp(nats.mean()):.4f}")
         rows.append([n, *cells])
     table("max_seps", ["max_seps", *(f"{run.data}: {run.mode}" for run in runs)], rows)
-    if docs_run("sep") in runs:
-        nearer_horizons(lab, docs_run("sep"), load_data("docs")[1][:131_073])
-
-
-def nearer_horizons(lab, run, tokens):
-    """A horizon below the trained one: the distances that training has shown often."""
     rows = []
-    for horizon in (64, 96, 128, 192, 256):
-        found = [lab.stream(run, tokens, "131k", max_seps=n, block_size=horizon)
+    for run, horizons in ((docs_run("sep"), (64, 96, 128, 192, 256)),
+                          (books_run("sep", 16), (128, 256, 512, 768, 1024))):
+        if run in runs:
+            rows += nearer_horizons(lab, run, horizons)
+    table("horizons", ["data: horizon", "max_seps 4", "16", "None"], rows)
+
+
+def nearer_horizons(lab, run, horizons):
+    """A horizon below the trained one: the distances that training has shown often."""
+    _, val, _ = load_data(run.data)
+    rows = []
+    for horizon in horizons:
+        found = [lab.stream(run, val[:131_073], "131k", max_seps=n, block_size=horizon)
                  for n in (4, 16, None)]
-        rows.append([horizon, *(f"{np.exp(f['nats'].mean()):.4f}" for f in found)])
-    table("horizons", ["horizon", "max_seps 4", "16", "None"], rows)
+        rows.append([f"{run.data}: {horizon}", *(f"{np.exp(f['nats'].mean()):.4f}" for f in found)])
+    return rows
+
+
+def long_streams(lab):
+    """The unseen text, and {mode: its stream} for two models of as many keys."""
+    tokens = np.memmap(lab.unseen, dtype=np.uint8, mode="r")[:4_000_001]
+    runs = lab.finished([books_run("sep", 16), books_run("streamingllm", 32)])
+    return tokens, {run.mode: lab.stream(run, tokens, "unseen", chunk_size=512) for run in runs}
 
 
 def long(lab):
-    """Four million unseen bytes in one stream, at equal rows."""
+    """Four million unseen bytes in one stream, at equal keys."""
     if lab.unseen is None:
         print("results.py: the long stream needs --unseen FILE", file=sys.stderr)
         return
-    tokens = np.memmap(lab.unseen, dtype=np.uint8, mode="r")[:4_000_001]
-    runs = lab.finished([books_run("sep", 16), books_run("streamingllm", 32)])
-    if len(runs) < 2:
+    tokens, found = long_streams(lab)
+    if len(found) < 2:
         return
-    found = [lab.stream(run, tokens, "unseen", chunk_size=512) for run in runs]
     n = len(tokens) - 1
     spans = {"first 10,000": (0, 10_000), "first 100,000": (0, 100_000),
              "first 1,000,000": (0, 1_000_000), "last 100,000": (n - 100_000, n),
              f"all {n:,}": (0, n)}
-    rows = [[f"perplexity, {name}", *(f"{np.exp(f['nats'][a:b].mean()):.4f}" for f in found)]
+    streams = found.values()
+    rows = [[f"perplexity, {name}", *(f"{np.exp(f['nats'][a:b].mean()):.4f}" for f in streams)]
             for name, (a, b) in spans.items()]
-    rows.append(["keys that the last token sees", *(f"{f['rows']:.0f}" for f in found)])
-    rows.append(["MiB of the cache, from the first token on", *(f"{f['mib']:.3f}" for f in found)])
+    rows.append(["keys that the last token sees", *(f"{f['n_keys']:.0f}" for f in streams)])
+    rows.append(["MiB of the cache, from the first token on",
+                 *(f"{f['mib']:.3f}" for f in streams)])
     for name, chunks in (("first", slice(5, 505)), ("last", slice(-505, -5))):
-        times = [np.median(f["seconds"][chunks]) / 512 * 1e6 for f in found]
+        times = [np.median(f["seconds"][chunks]) / 512 * 1e6 for f in streams]
         rows.append([f"CPU µs per token, {name} 256,000 (median)", *(f"{t:.0f}" for t in times)])
-    table("long", ["", *(run.mode for run in runs)], rows)
-    nats = {run.mode: f["nats"] for run, f in zip(runs, found, strict=True)}
-    figures.perplexity_by_position(nats)
+    table("long", ["", *found], rows)
+    figures.perplexity_by_position({mode: f["nats"] for mode, f in found.items()})
 
 
 # ---- the space as a separator
@@ -619,18 +693,13 @@ def long(lab):
 
 def spaces(lab):
     """The space and the tab among the separators, as the paper has them."""
-    if not (ROOT / "data" / "spaces").exists():
-        print("results.py: spaces needs the books again, prepared with --out data/spaces and "
-              "--separators $'.,?!;:\\n \\t'", file=sys.stderr)
-        return
-    base = books_run("sep", 16)
-    options = ["spaces" if word == "books" else word for word in base.options]
-    with_spaces = Run("spaces-sep-16-0", tuple(options))
+    runs = lab.finished([books_run("sep", 16), books_run("sep", 16, data="spaces"),
+                         books_run("streamingllm", 32)])
     rows = []
-    for run in lab.finished([base, with_spaces, books_run("streamingllm", 32)]):
+    for run in runs:
         _, val, _ = load_data(run.data)
         last, _ = costs(lab.model(run), val)
-        rows.append([f"{run.data}: {run.mode}", f"{last:.0f}", f"{lab.val_loss(run):.4f}"])
+        rows.append([f"{run.data}: {run.mode}", f"{last:.0f}", f"{lab.loss(run):.4f}"])
     table("spaces", ["run", "keys at the end", "validation loss"], rows)
 
 

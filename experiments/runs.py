@@ -23,7 +23,9 @@ MODES = ("full", "streamingllm", "fixed", "sep")
 SEEDS = (0, 1, 2)
 BYTES_PER_STEP = 4096  # of every run: batch_size x block_size
 
-BOOKS = ("--data", "books", "--batch_size", 4, "--block_size", 1024)
+VALIDATION_BYTES = 65_536  # for the loss of a run: spread over the validation text
+
+BOOKS = ("--batch_size", 4, "--block_size", 1024)
 RECALL = ("--data", "recall", "--n_layer", 3, "--n_head", 4, "--n_embd", 128, "--block_size", 64,
           "--window", 8, "--sinks", 1, "--max_seps", "None", "--batch_size", 64,
           "--max_steps", 2000, "--learning_rate", 1e-3, "--eval_every", 100)
@@ -60,11 +62,11 @@ def docs_run(attn, seed=0, window=32):
     return Run("docs-full-0", (*options, "--eval_every", 50), keeps_snapshots=True)
 
 
-def books_run(attn, window, seed=0):
+def books_run(attn, window, seed=0, data="books"):
     """Books: block_size 1,024, as many separators as the window has tokens, 700 steps."""
-    name = f"books-full-{seed}" if attn == "full" else f"books-{attn}-{window}-{seed}"
-    return Run(name, (*BOOKS, "--max_steps", 700, "--eval_every", 100, "--attn", attn,
-                      "--window", window, "--max_seps", window, "--seed", seed))
+    name = f"{data}-full-{seed}" if attn == "full" else f"{data}-{attn}-{window}-{seed}"
+    return Run(name, ("--data", data, *BOOKS, "--max_steps", 700, "--eval_every", 100,
+                      "--attn", attn, "--window", window, "--max_seps", window, "--seed", seed))
 
 
 BOOKS_FULL = books_run("full", 64)
@@ -100,10 +102,10 @@ class Lab:
     of the long stream."""
 
     def __init__(self, out_dir, may_train, unseen=None):
-        self.out_dir = out_dir
+        self.out_dir = out_dir.resolve()
         self.may_train = may_train
         self.unseen = unseen
-        self.measured = out_dir / "measured"
+        self.measured = self.out_dir / "measured"
         self.measured.mkdir(parents=True, exist_ok=True)
 
     # ---- training
@@ -111,9 +113,9 @@ class Lab:
     def finished(self, runs):
         """Those of the runs that are finished. The missing ones are trained first, if allowed."""
         if self.may_train:
-            missing = [run for run in runs if not self.is_finished(run)]
-            if any(run.init_from for run in missing) and not self.is_finished(BOOKS_FULL):
+            if any(run.init_from for run in runs) and not self.is_finished(BOOKS_FULL):
                 self._train(BOOKS_FULL)
+            missing = [run for run in runs if not self.is_finished(run)]
             with ThreadPoolExecutor(max_workers=2) as pool:  # two side by side
                 list(pool.map(self._train, missing))
         return [run for run in runs if self.is_finished(run)]
@@ -135,6 +137,8 @@ class Lab:
             keep_snapshots(process, folder)
         if process.wait() != 0:
             raise SystemExit(f"results.py: the run {run.name} ended with {process.returncode}")
+        for stale in self.measured.glob(f"{run.name}-*.npz"):
+            stale.unlink()  # of an earlier run of this name
         (folder / "done").touch()
 
     # ---- what a run has left
@@ -142,7 +146,7 @@ class Lab:
     def model(self, run, snapshot=None, **changes):
         """The model of a run, or of its snapshot at a step, with other settings of attention."""
         name = "ckpt.pt" if snapshot is None else f"ckpt-{snapshot}.pt"
-        model = load_checkpoint(self.out_dir / run.name / name)[0]
+        model = load_checkpoint(self.out_dir / run.name / name).model
         model.requires_grad_(False)
         model.configure(**changes)
         return model
@@ -154,32 +158,39 @@ class Lab:
 
     def val_losses(self, run):
         """{step: validation loss}, from the log."""
-        return val_losses(self.out_dir / run.name / "log.jsonl")
-
-    def val_loss(self, run):
-        """At the end: on the same 65,536 validation bytes for all runs of the same data."""
-        losses = self.val_losses(run)
-        return losses[max(losses)]
+        text = (self.out_dir / run.name / "log.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        return {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
 
     # ---- what was measured with it
 
     def remember(self, name, compute):
-        """compute(), a dict of arrays; from the second time on, read from a file of this name."""
+        """compute(), a dict of arrays; from the second time on, read from a file of this name.
+
+        If a text or a setting has changed that the name does not tell, delete the file.
+        """
         path = self.measured / f"{name}.npz"
         if not path.exists():
             print(f"measuring {name}", file=sys.stderr)
-            np.savez(path, **compute())
+            partial = path.with_suffix(".partial.npz")
+            np.savez(partial, **compute())
+            partial.replace(path)
         return dict(np.load(path))
 
     def block_nats(self, run, **changes):
-        """The loss of 65,536 validation bytes, spread over the text in texts of block_size."""
+        """The loss of 65,536 validation bytes, in texts of block_size spread over all: (N, T)."""
 
         def compute():
             model = self.model(run, **changes)
             _, val, _ = load_data(run.data)
-            return dict(nats=block_nats(model, val, 65_536 // model.config.block_size))
+            n_blocks = VALIDATION_BYTES // model.config.block_size
+            return dict(nats=block_nats(model, val, n_blocks))
 
         return self.remember(describe(run, changes) + "-blocks64k", compute)["nats"]
+
+    def loss(self, run):
+        """The mean of `block_nats`: on the same bytes for all runs of the same data."""
+        return self.block_nats(run).mean()
 
     def stream(self, run, tokens, label, chunk_size=1024, **changes):
         """`stream_nats` of tokens, a text that is called `label`, as a dict."""
@@ -195,11 +206,6 @@ def describe(run, changes):
     return "-".join([run.name, *(f"{key}_{value}" for key, value in changes.items())])
 
 
-def val_losses(log):
-    lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-    return {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
-
-
 def keep_snapshots(process, folder):
     """While a training runs, keep a copy of each checkpoint that it writes."""
     checkpoint = folder / "ckpt.pt"
@@ -210,7 +216,7 @@ def keep_snapshots(process, folder):
             seen = checkpoint.stat().st_mtime_ns
             copy = folder / "copy.pt"
             shutil.copy(checkpoint, copy)
-            copy.rename(folder / f"ckpt-{load_checkpoint(copy)[2]['step']}.pt")
+            copy.rename(folder / f"ckpt-{load_checkpoint(copy).info['step']}.pt")
         if is_over:
             return
         time.sleep(0.5)

@@ -57,7 +57,7 @@ def test_lift_is_the_share_of_attention_over_the_share_of_keys():
     assert far_pairs(4, 2, sinks=1).nonzero().tolist() == [[3, 1]]
 
 
-def test_the_open_forward_is_the_models_and_hides_what_it_is_told(seed):
+def test_the_forward_of_ones_own_is_the_models_and_hides_what_it_is_told(seed):
     model = small_model(attn="full")
     blocks = torch.from_numpy(text_tokens(25).astype(np.int64))[None]
     nats = block_nats(model, text_tokens(25), 1)
@@ -98,8 +98,8 @@ def test_facts_are_counted_from_the_last_mention():
 
 
 def test_the_error_is_that_of_a_mean():
-    mean, error = mean_and_error(np.array([1.0, 2.0, 3.0, 4.0]), stretch=1)
+    mean, error = mean_and_error(np.array([1.0, 2.0, 3.0, 4.0]), n_stretches=4)
     assert mean == 2.5 and np.isclose(error, np.sqrt(5 / 3) / 2)
     chosen = np.array([True, True, False, True])
-    mean, error = mean_and_error(np.array([1.0, 1.0, 9.0, 4.0]), chosen, stretch=2)
+    mean, error = mean_and_error(np.array([1.0, 1.0, 9.0, 4.0]), chosen, n_stretches=2)
     assert mean == 2 and np.isclose(error, np.sqrt(2**2 + 2**2) * np.sqrt(2) / 3)

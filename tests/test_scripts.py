@@ -22,6 +22,7 @@ import sample
 import sep_cache
 import train
 from data import prepare
+from data.loader import get_batch, load_data
 from model import GPT, sample_token
 from train import TrainConfig, get_lr, load_checkpoint
 
@@ -135,6 +136,15 @@ def test_recall_ledgers_are_consistent_and_seeded(tmp_path):
         assert len({fact[0] for fact in facts}) == len(set(facts))  # one value for each key
     trains("--data", tmp_path / "a", "--out_dir", tmp_path / "out", *SHAPE, "--max_steps", 2,
            "--block_size", 63)
+
+
+def test_targets_that_do_not_count_leave_the_inputs_alone(tmp_path):
+    prepare.prepare(tmp_path, "recall")
+    train_tokens, _, meta = load_data(tmp_path)
+    for batch_size in (1, 3):
+        x, y = get_batch(train_tokens, meta, batch_size, 63, np.random.default_rng(0))
+        assert (x >= 0).all()
+        assert torch.equal(y[:, :-1] >= 0, torch.isin(x[:, 1:], torch.tensor(meta["answers"])))
 
 
 # ---- training
@@ -287,11 +297,22 @@ def test_a_run_that_fails_at_once_moves_nothing(data, tmp_path):
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(data, tmp_path):
-    code, _, err = run(train, "--data", data, "--out_dir", tmp_path, "--max_steps", 40,
-                       "--learning_rate", "1e38", "--grad_clip", "1e38", *SHAPE)
-    assert code == 1 and "the loss is" in err and "last good checkpoint" in err
-    model = load_checkpoint(tmp_path / "ckpt.pt").model
-    assert all(weight.isfinite().all() for weight in model.parameters())
+    for eval_every in (250, 1):  # 1: the first loss that is not finite is a validation's
+        code, _, err = run(train, "--data", data, "--out_dir", tmp_path, "--max_steps", 40,
+                           "--learning_rate", "1e38", "--grad_clip", "1e38", *SHAPE,
+                           "--eval_every", eval_every)
+        assert code == 1 and "the loss is" in err and "last good checkpoint" in err
+        model = load_checkpoint(tmp_path / "ckpt.pt").model
+        assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(data, tmp_path):
+    trains("--data", data, "--out_dir", tmp_path / "a", "--max_steps", 1, *SHAPE)
+    (tmp_path / "a").rename(tmp_path / "b")
+    trains("--resume", "--out_dir", tmp_path / "b", "--max_steps", 2, "--weight_decay", 0.5)
+    checkpoint = load_checkpoint(tmp_path / "b" / "ckpt.pt")
+    assert checkpoint.info["step"] == 2 and not (tmp_path / "a").exists()
+    assert checkpoint.optimizer_state["param_groups"][0]["weight_decay"] == 0.5
 
 
 def test_a_folder_that_cannot_be_written_loses_nothing(full_checkpoint, tmp_path, monkeypatch):
