@@ -636,7 +636,7 @@ class LaunchSizes(NamedTuple):
     dkdv: LaunchSize
 
 
-# by D: sizes that spill no registers; `experiments/RESULTS.md` says how they were chosen. Each:
+# by D: sizes that spill no registers; `experiments/KERNEL.md` says how they were chosen. Each:
 # block, tile, num_warps, stages, far_stages
 LARGE_SHARED_MEMORY = {  # 227 KB on an SM: Hopper and the Blackwell of data centers
     64: LaunchSizes(LaunchSize(128, 64, 4, 3, 5), LaunchSize(64, 64, 4, 3, 5, maxnreg=168),

@@ -3,10 +3,9 @@
     python experiments/cpu_speed.py                    all tables, about half an hour
     python experiments/cpu_speed.py --only decoding    one of them
 
-In attention, decoding, scoring and pretrained, what is compared takes turns in one process, in
-float32, on `--threads` threads (default 1; pretrained: 1 and all); medians. Training and busy are
-runs of train.py and sample.py. Decoding is compared with Hugging Face's library, which only
-experiments ask for: `pip install transformers`.
+What is compared takes turns in one process, in float32, on `--threads` threads (default 1;
+pretrained: 1 and all); medians. Training and busy are runs of train.py and sample.py. Decoding is
+compared with Hugging Face's library, which only experiments ask for: `pip install transformers`.
 """
 import argparse
 import json
@@ -153,6 +152,27 @@ def decoding(threads):
         print(f"\nOperations of a decoding step of {name}: {count_operations(n_layer)}")
 
 
+def contexts(threads):
+    """Tokens per second of the same GPT, with so many tokens in the context."""
+    n_tokens = 100
+    rows = []
+    for T in (256, 1024, 4096, 16384):
+        runs = {}
+        for attn in ("sep", "full"):
+            model = decoding_model(attn)
+            cache = SepCache(model.config)
+            with torch.inference_mode():
+                for chunk in torch.randint(256, (1, T)).split(512, dim=1):
+                    model(chunk, cache=cache)
+            token = torch.randint(256, (1, 1))
+            runs[attn] = lambda model=model, cache=cache, token=token: list(
+                model.generate(token, n_tokens, cache=cache))
+        speed = {attn: n_tokens / s for attn, s in seconds_of(runs, repeats=7).items()}
+        rows.append([f"{T:,}", *(f"{value:,.0f}" for value in speed.values()),
+                     f"{speed['sep'] / speed['full']:.2f}x"])
+    table(("tokens in the context", "sep", "full", "sep / full"), rows)
+
+
 class OperationCounter(TorchDispatchMode):
     """Counts what launches a kernel on a GPU: whatever computes new values, or writes in place."""
 
@@ -268,8 +288,8 @@ def pretrained(threads):
     table(("threads", "sep", "full", "HF generate", "sep / generate"), rows)
 
 
-TABLES = {"attention": attention, "training": training, "decoding": decoding, "busy": busy,
-          "scoring": scoring, "pretrained": pretrained}
+TABLES = {"attention": attention, "training": training, "decoding": decoding, "contexts": contexts,
+          "busy": busy, "scoring": scoring, "pretrained": pretrained}
 
 
 def main():
