@@ -57,7 +57,7 @@ from experiments.runs import (
     books_run,
     describe,
     docs_run,
-    larger_run,
+    longer_recall_run,
     longer_run,
     post_run,
     recall_run,
@@ -375,41 +375,50 @@ RECALL_EDGES = (1, 2, 3, 4, 6, 8, 12, 21)  # facts of 3 tokens
 
 def recall(lab):
     """The accuracy of a value by how many facts lie between it and its key's last mention."""
-    runs = [recall_run(attn, seed) for attn in ("sep", "streamingllm") for seed in SEEDS]
-    finished = lab.finished([recall_run("full"), recall_run("fixed"), *runs])
+    runs = [recall_run("full"), recall_run("fixed")]
+    runs += [recall_run(attn, seed) for attn in ("streamingllm", "sep") for seed in SEEDS]
+    finished = lab.finished([*runs, longer_recall_run("sep", 1), longer_recall_run("sep", 2)])
     if not finished:
         return
     _, val, meta = load_data("recall")
     ids = torch.from_numpy(val[:2000 * meta["record"]].astype(np.int64)).view(-1, meta["record"])
     distance = fact_distances(ids, meta["answers"])[:, 1:] // 3
     bins = [(distance >= a) & (distance < b) for a, b in pairwise(RECALL_EDGES)]
-    accuracies = {}
-    for run in finished:
-        def compute(run=run):
-            model = lab.model(run)
-            right = torch.cat([model(part[:, :-1])[0].argmax(-1) == part[:, 1:]
-                               for part in ids.split(100)])
-            return dict(accuracy=[right[b].double().mean().item() for b in bins])
-
-        accuracy = lab.remember(f"{run.name}-accuracy", compute)["accuracy"]
-        accuracies.setdefault(run.mode, []).append(accuracy)
-    curves = {attn: np.array(accuracies[attn]) for attn in MODES if attn in accuracies}
-    names = [f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in pairwise(RECALL_EDGES)]
-    rows = [[name, *(over_seeds(curve[:, i], ".1%") for curve in curves.values())]
-            for i, name in enumerate(names)]
     heads = []
-    for attn, curve in curves.items():
-        last, _ = costs(lab.model(recall_run(attn)), val)
-        heads.append(f"{attn}, {last:.0f} keys at the end, {len(curve)} seeds")
-    table("recall", ["facts back", *heads], rows)
+    columns = []
+    curves = {}
+    for mode, group in by_mode(finished).items():
+        accuracy = np.array([accuracies(lab, run, ids, bins) for run in group])  # (seeds, bins)
+        columns.append([over_seeds(of_bin, ".1%") for of_bin in accuracy.T])
+        last, _ = costs(lab.model(group[0]), val)
+        label = mode.replace("longer_sep", "sep, 4,000 steps")
+        heads.append(f"{label}; {last:.0f} keys at the end; seeds: {len(group)}")
+        if mode in MODES:
+            curves[mode] = accuracy
+    names = [f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in pairwise(RECALL_EDGES)]
+    table("recall", ["facts back", *heads], zip(names, *columns, strict=True))
     figures.recall_by_distance(names, curves)
-    steps = range(200, 2001, 200)
-    rows = [[run.name, *(f"{lab.val_losses(run)[step]:.3f}" for step in steps)] for run in finished]
+
+    steps = (*range(200, 2001, 200), 4000)
+    rows = [[run.name, *(f"{losses[step]:.3f}" if step in losses else "" for step in steps)]
+            for run in finished for losses in [lab.val_losses(run)]]
     is_value = torch.isin(ids[:, 1:], torch.tensor(meta["answers"]))
     unknowable = (distance[is_value] == 0).double().mean().item()  # first mentions
     floor = unknowable * np.log(len(meta["answers"]))
-    rows.append(["the least that is possible", *[""] * (len(steps) - 1), f"{floor:.3f}"])
     table("recall-learning", ["run", *steps], rows)
+    print(f"the least loss that is possible: {floor:.3f}")
+
+
+def accuracies(lab, run, ids, bins):
+    """The share of values that a run's model tells, in each bin of predictions."""
+
+    def compute():
+        model = lab.model(run)
+        right = torch.cat([model(part[:, :-1])[0].argmax(-1) == part[:, 1:]
+                           for part in ids.split(100)])
+        return dict(accuracy=[right[b].double().mean().item() for b in bins])
+
+    return lab.remember(f"{run.name}-accuracy", compute)["accuracy"]
 
 
 # ---- books
@@ -543,8 +552,10 @@ COMPARISONS = {  # each model trained for the attention that it uses; a pair for
     "docs: sep 32 / fixed 32": [(docs_run("sep", seed), docs_run("fixed", seed)) for seed in SEEDS],
     "books: sep 16 / streamingllm 32": [
         (books_run("sep", 16, seed), books_run("streamingllm", 32, seed)) for seed in SEEDS],
+    "the same, spaces are separators, too": [
+        (books_run("sep", 16, seed, data="spaces"), books_run("streamingllm", 32, seed))
+        for seed in SEEDS],
     "the same, 2,100 steps for 700": [(longer_run("sep", 16), longer_run("streamingllm", 32))],
-    "the same, 2.7 million parameters": [(larger_run("sep", 16), larger_run("streamingllm", 32))],
     "the same, lines not wrapped": [(books_run("sep", 16, data="unwrapped"),
                                      books_run("streamingllm", 32, data="unwrapped"))],
     "books: sep 32 / streamingllm 64": [(books_run("sep", 32), books_run("streamingllm", 64))],
@@ -693,14 +704,19 @@ def long(lab):
 
 def spaces(lab):
     """The space and the tab among the separators, as the paper has them."""
-    runs = lab.finished([books_run("sep", 16), books_run("sep", 16, data="spaces"),
-                         books_run("streamingllm", 32)])
+    runs = [run for seed in SEEDS
+            for run in (books_run("sep", 16, seed), books_run("sep", 16, seed, data="spaces"),
+                        books_run("streamingllm", 32, seed))]
+    finished = lab.finished(runs)
+    _, val, _ = load_data("books")
     rows = []
-    for run in runs:
-        _, val, _ = load_data(run.data)
-        last, _ = costs(lab.model(run), val)
-        rows.append([f"{run.data}: {run.mode}", f"{last:.0f}", f"{lab.loss(run):.4f}"])
-    table("spaces", ["run", "keys at the end", "validation loss"], rows)
+    for data in ("books", "spaces"):
+        for mode, group in by_mode([run for run in finished if run.data == data]).items():
+            last, _ = costs(lab.model(group[0]), val)
+            losses = [lab.loss(run) for run in group]
+            label = mode + (", also spaces and tabs" if data == "spaces" else "")
+            rows.append([label, len(group), f"{last:.0f}", over_seeds(losses)])
+    table("spaces", ["attn", "seeds", "keys at the end", "validation loss"], rows)
 
 
 # ---- the command line

@@ -78,12 +78,6 @@ def longer_run(attn, window):
     return Run(f"books-longer_{attn}-{window}-0", (*books_run(attn, window).options, *options))
 
 
-def larger_run(attn, window):
-    """Books, 6 layers of 192 channels: 2.7 million parameters."""
-    options = ("--n_layer", 6, "--n_head", 6, "--n_embd", 192)
-    return Run(f"books-larger_{attn}-{window}-0", (*books_run(attn, window).options, *options))
-
-
 def post_run(attn, window):
     """The books' model with full attention, trained on for 150 steps with another attention."""
     options = ("--data", "books", "--batch_size", 4, "--max_steps", 150, "--eval_every", 50,
@@ -95,6 +89,12 @@ def recall_run(attn, seed=0):
     """The ledger of facts: three layers, whose windows of 8 reach 21 tokens; 2,000 steps."""
     options = (*RECALL, "--attn", attn, "--seed", seed)
     return Run(f"recall-{attn}-{seed}", options, keeps_snapshots=seed == 0)
+
+
+def longer_recall_run(attn, seed):
+    """The same, twice as many steps."""
+    return Run(f"recall-longer_{attn}-{seed}",
+               (*recall_run(attn, seed).options, "--max_steps", 4000))
 
 
 class Lab:
