@@ -57,8 +57,6 @@ from experiments.runs import (
     books_run,
     describe,
     docs_run,
-    longer_recall_run,
-    longer_run,
     post_run,
     recall_run,
 )
@@ -349,7 +347,7 @@ def draw_heat_map(model, at, val):
 def scratch(lab):
     """Every mode from scratch on the documentation, three seeds."""
     runs = [docs_run(attn, seed) for attn in MODES for seed in SEEDS]
-    finished = lab.finished([*runs, *(docs_run("streamingllm", seed, window=48) for seed in SEEDS)])
+    finished = lab.finished([*runs, docs_run("streamingllm", 0, window=48)])
     _, val, _ = load_data("docs")
     rows = []
     for mode, group in by_mode(finished).items():
@@ -375,9 +373,9 @@ RECALL_EDGES = (1, 2, 3, 4, 6, 8, 12, 21)  # facts of 3 tokens
 
 def recall(lab):
     """The accuracy of a value by how many facts lie between it and its key's last mention."""
-    runs = [recall_run("full"), recall_run("fixed")]
+    runs = [recall_run("full")]
     runs += [recall_run(attn, seed) for attn in ("streamingllm", "sep") for seed in SEEDS]
-    finished = lab.finished([*runs, longer_recall_run("sep", 1), longer_recall_run("sep", 2)])
+    finished = lab.finished(runs)
     if not finished:
         return
     _, val, meta = load_data("recall")
@@ -391,17 +389,14 @@ def recall(lab):
         accuracy = np.array([accuracies(lab, run, ids, bins) for run in group])  # (seeds, bins)
         columns.append([over_seeds(of_bin, ".1%") for of_bin in accuracy.T])
         last, _ = costs(lab.model(group[0]), val)
-        label = mode.replace("longer_sep", "sep, 4,000 steps")
-        heads.append(f"{label}; {last:.0f} keys at the end; seeds: {len(group)}")
-        if mode in MODES:
-            curves[mode] = accuracy
+        heads.append(f"{mode}; {last:.0f} keys at the end; seeds: {len(group)}")
+        curves[mode] = accuracy
     names = [f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in pairwise(RECALL_EDGES)]
     table("recall", ["facts back", *heads], zip(names, *columns, strict=True))
     figures.recall_by_distance(names, curves)
 
-    steps = (*range(200, 2001, 200), 4000)
-    rows = [[run.name, *(f"{losses[step]:.3f}" if step in losses else "" for step in steps)]
-            for run in finished for losses in [lab.val_losses(run)]]
+    steps = range(200, 2001, 200)
+    rows = [[run.name, *(f"{lab.val_losses(run)[step]:.3f}" for step in steps)] for run in finished]
     is_value = torch.isin(ids[:, 1:], torch.tensor(meta["answers"]))
     unknowable = (distance[is_value] == 0).double().mean().item()  # first mentions
     floor = unknowable * np.log(len(meta["answers"]))
@@ -545,8 +540,7 @@ def positions(lab):
 
 
 COMPARISONS = {  # each model trained for the attention that it uses; a pair for each seed
-    "docs: sep 32 / streamingllm 48": [
-        (docs_run("sep", seed), docs_run("streamingllm", seed, window=48)) for seed in SEEDS],
+    "docs: sep 32 / streamingllm 48": [(docs_run("sep"), docs_run("streamingllm", 0, window=48))],
     "docs: sep 32 / streamingllm 32": [
         (docs_run("sep", seed), docs_run("streamingllm", seed)) for seed in SEEDS],
     "docs: sep 32 / fixed 32": [(docs_run("sep", seed), docs_run("fixed", seed)) for seed in SEEDS],
@@ -555,7 +549,6 @@ COMPARISONS = {  # each model trained for the attention that it uses; a pair for
     "the same, spaces are separators, too": [
         (books_run("sep", 16, seed, data="spaces"), books_run("streamingllm", 32, seed))
         for seed in SEEDS],
-    "the same, 2,100 steps for 700": [(longer_run("sep", 16), longer_run("streamingllm", 32))],
     "the same, lines not wrapped": [(books_run("sep", 16, data="unwrapped"),
                                      books_run("streamingllm", 32, data="unwrapped"))],
     "books: sep 32 / streamingllm 64": [(books_run("sep", 32), books_run("streamingllm", 64))],
@@ -654,6 +647,27 @@ def more_separators(lab):
         if run in runs:
             rows += nearer_horizons(lab, run, horizons)
     table("horizons", ["data: horizon", "max_seps 4", "16", "None"], rows)
+    half_the_horizon(lab)
+
+
+def half_the_horizon(lab):
+    """The whole streams, if separators are dropped at half of block_size."""
+    pairs = [(docs_run("sep", seed), docs_run("streamingllm", seed)) for seed in SEEDS]
+    pairs += [(books_run("sep", 16, seed), books_run("streamingllm", 32, seed)) for seed in SEEDS]
+    rows = []
+    for sep, window in pairs:
+        if len(lab.finished([sep, window])) < 2:
+            continue
+        _, val, _ = load_data(sep.data)
+        half = lab.model(sep).config.block_size // 2
+        halved, whole, theirs = (found["nats"] for found in (
+            lab.stream(sep, val, "val", block_size=half), lab.stream(sep, val, "val"),
+            lab.stream(window, val, "val")))
+        rows.append([f"{sep.data}: {sep.mode}", sep.seed,
+                     *(f"{np.exp(nats.mean()):.3f}" for nats in (whole, halved, theirs)),
+                     plus_minus(halved - whole), plus_minus(halved - theirs)])
+    table("half", ["", "seed", "horizon block_size", "half of it", "streamingllm",
+                   "half less whole, nats", "half less streamingllm"], rows)
 
 
 def nearer_horizons(lab, run, horizons):

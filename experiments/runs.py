@@ -72,12 +72,6 @@ def books_run(attn, window, seed=0, data="books"):
 BOOKS_FULL = books_run("full", 64)
 
 
-def longer_run(attn, window):
-    """Books, three times as many steps."""
-    options = ("--max_steps", 2100, "--eval_every", 300)  # the later of two options counts
-    return Run(f"books-longer_{attn}-{window}-0", (*books_run(attn, window).options, *options))
-
-
 def post_run(attn, window):
     """The books' model with full attention, trained on for 150 steps with another attention."""
     options = ("--data", "books", "--batch_size", 4, "--max_steps", 150, "--eval_every", 50,
@@ -89,12 +83,6 @@ def recall_run(attn, seed=0):
     """The ledger of facts: three layers, whose windows of 8 reach 21 tokens; 2,000 steps."""
     options = (*RECALL, "--attn", attn, "--seed", seed)
     return Run(f"recall-{attn}-{seed}", options, keeps_snapshots=seed == 0)
-
-
-def longer_recall_run(attn, seed):
-    """The same, twice as many steps."""
-    return Run(f"recall-longer_{attn}-{seed}",
-               (*recall_run(attn, seed).options, "--max_steps", 4000))
 
 
 class Lab:
