@@ -1,6 +1,6 @@
 """Measures everything that RESULTS.md says: trains what is missing, writes tables, draws figures.
 
-    python experiments/results.py                  all of it; some five hours on two cores
+    python experiments/results.py                  all of it; some six hours on two cores
     python experiments/results.py --only recall    one of the questions below
     python experiments/results.py --no_training    what the runs that are there can answer
     python experiments/results.py --model FOLDER --text FILE    the table of a pretrained model
