@@ -71,7 +71,13 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
 def table(name, head, rows):
-    """Print a table, and put it into RESULTS.md between the comments that name it."""
+    """Print a table, and put it into RESULTS.md between the comments that name it.
+
+    Without rows, nothing happens: what RESULTS.md says stays.
+    """
+    rows = list(rows)
+    if not rows:
+        return
     text = markdown(head, rows)
     print(f"\n{name}\n{text}", flush=True)
     place = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -348,6 +354,8 @@ def scratch(lab):
     """Every mode from scratch on the documentation, three seeds."""
     runs = [docs_run(attn, seed) for attn in MODES for seed in SEEDS]
     finished = lab.finished([*runs, docs_run("streamingllm", 0, window=48)])
+    if not finished:
+        return
     _, val, _ = load_data("docs")
     rows = []
     for mode, group in by_mode(finished).items():
@@ -507,16 +515,19 @@ def post(lab):
 
 def positions(lab):
     """Four rules for separators at a distance that training has not shown, 12,288 unseen bytes."""
-    _, val, _ = load_data("docs")
-    tokens = val[:12_289]
     settings = {
         "trained with sep, window 32": (docs_run("sep"), {}),
         "trained with full, used with sep, window 64": (docs_run("full"),
                                                         dict(attn="sep", window=64)),
     }
+    finished = lab.finished([run for run, _ in settings.values()])
+    if not finished:
+        return
+    _, val, _ = load_data("docs")
+    tokens = val[:12_289]
     columns = {}
     for label, (run, changes) in settings.items():
-        if not lab.finished([run]):
+        if run not in finished:
             continue
         model = lab.model(run, **changes)
         nats = {}
@@ -632,6 +643,8 @@ def fresh_and_streamed(lab):
 def more_separators(lab):
     """The same models with fewer and with more visible separators than in training."""
     runs = lab.finished([docs_run("sep"), books_run("sep", 16)])
+    if not runs:
+        return
     rows = []
     for n in (0, 4, 8, 16, 32, 64, None):
         cells = []
@@ -722,6 +735,8 @@ def spaces(lab):
             for run in (books_run("sep", 16, seed), books_run("sep", 16, seed, data="spaces"),
                         books_run("streamingllm", 32, seed))]
     finished = lab.finished(runs)
+    if not finished:
+        return
     _, val, _ = load_data("books")
     rows = []
     for data in ("books", "spaces"):
@@ -784,9 +799,12 @@ def main():
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     lab = Lab(args.out_dir, may_train=not args.no_training, unseen=args.unseen)
-    for name, part in PARTS.items():
-        if args.only in (None, name):
-            part(lab)
+    try:
+        for name, part in PARTS.items():
+            if args.only in (None, name):
+                part(lab)
+    except (ValueError, OSError) as error:
+        sys.exit(f"results.py: {error}")
 
 
 if __name__ == "__main__":
