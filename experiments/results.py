@@ -57,6 +57,7 @@ from experiments.runs import (
     books_run,
     describe,
     docs_run,
+    longer_run,
     post_run,
     recall_run,
 )
@@ -557,11 +558,12 @@ COMPARISONS = {  # each model trained for the attention that it uses; a pair for
     "docs: sep 32 / fixed 32": [(docs_run("sep", seed), docs_run("fixed", seed)) for seed in SEEDS],
     "books: sep 16 / streamingllm 32": [
         (books_run("sep", 16, seed), books_run("streamingllm", 32, seed)) for seed in SEEDS],
+    "the same, 1,400 steps for 700": [(longer_run("sep", 16), longer_run("streamingllm", 32))],
     "the same, spaces are separators, too": [
         (books_run("sep", 16, seed, data="spaces"), books_run("streamingllm", 32, seed))
         for seed in SEEDS],
-    "the same, lines not wrapped": [(books_run("sep", 16, data="unwrapped"),
-                                     books_run("streamingllm", 32, data="unwrapped"))],
+    "the same without spaces, lines not wrapped": [
+        (books_run("sep", 16, data="unwrapped"), books_run("streamingllm", 32, data="unwrapped"))],
     "books: sep 32 / streamingllm 64": [(books_run("sep", 32), books_run("streamingllm", 64))],
     "books: sep 64 / streamingllm 128": [(books_run("sep", 64), books_run("streamingllm", 128))],
 }

@@ -72,6 +72,12 @@ def books_run(attn, window, seed=0, data="books"):
 BOOKS_FULL = books_run("full", 64)
 
 
+def longer_run(attn, window):
+    """Books, twice as many steps."""
+    options = ("--max_steps", 1400, "--eval_every", 200)  # the later of two options counts
+    return Run(f"books-longer_{attn}-{window}-0", (*books_run(attn, window).options, *options))
+
+
 def post_run(attn, window):
     """The books' model with full attention, trained on for 150 steps with another attention."""
     options = ("--data", "books", "--batch_size", 4, "--max_steps", 150, "--eval_every", 50,
