@@ -634,9 +634,9 @@ def fresh_and_streamed(lab):
             fresh = np.mean([lab.block_nats(run)[:, T // 2:] for run in group], axis=0)
             streamed = np.mean([s["nats"][at] for s in streams], axis=0)
             difference = (streamed - fresh).flatten()
-            rows.append([f"{data}: {mode}", len(group), f"{streams[0]['n_keys']:.0f}",
-                         f"{fresh.mean():.4f}", f"{streamed.mean():.4f}",
-                         plus_minus(difference),
+            label = f"{data}: {mode}".replace("longer_", "1,400 steps, ")
+            rows.append([label, len(group), f"{streams[0]['n_keys']:.0f}",
+                         f"{fresh.mean():.4f}", f"{streamed.mean():.4f}", plus_minus(difference),
                          over_seeds([np.exp(s["nats"].mean()) for s in streams], ".3f")])
     table("fresh", ["", "seeds", "keys", "fresh texts", "in the stream", "cost of the stream",
                     "perplexity of the whole stream"], rows)
