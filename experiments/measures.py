@@ -57,9 +57,9 @@ def blocks_of(tokens, block_size, n_blocks, record=1):
 
 
 @torch.inference_mode()
-def block_nats(model, tokens, n_blocks, block_size=None):
+def block_nats(model, tokens, n_blocks):
     """The loss of each token of independent texts of block_size tokens: (N, block_size) float32."""
-    block_size = block_size or model.config.block_size
+    block_size = model.config.block_size
     nats = []
     for blocks in blocks_of(tokens, block_size, n_blocks).split(max(1, 4096 // block_size)):
         logits, _ = model(blocks[:, :-1])

@@ -179,8 +179,13 @@ def lift_through_training(lab, run, blocks, is_separator):
         return
 
     def compute():
-        models = [lab.model(run, step) for step in steps]
-        return dict(steps=steps, lift=[lift_of_heads(m, blocks, is_separator, 8) for m in models])
+        lifts_of_steps = []
+        for step in steps:
+            model = lab.model(run, step)
+            maps = attention_maps(model, blocks[:, :-1])
+            far = far_pairs(maps.shape[-1], 8, model.config.sinks)
+            lifts_of_steps.append(lift_of_heads(maps, far, is_separator))
+        return dict(steps=steps, lift=lifts_of_steps)
 
     found = lab.remember(f"{run.name}-lift-history", compute)
     figures.lift_through_training(found["steps"], found["lift"], run.data)
@@ -190,21 +195,21 @@ def lift_at_the_end(lab, run, model, blocks, is_separator, answers):
     """(n_layer, n_head) each: lift beyond 8 and 32, share of attention beyond 8, losses without."""
 
     def compute():
-        far = far_pairs(is_separator.shape[1], 8)
-        n_queries = far.any(1).sum() * len(blocks)
         maps = attention_maps(model, blocks[:, :-1])
+        T = maps.shape[-1]
+        far = far_pairs(T, 8)
+        n_queries = far.any(1).sum() * len(blocks)
         share = torch.stack([(p * far).sum((0, 2, 3)) / n_queries for p in maps])
-        return dict(lift_8=lift_of_heads(model, blocks, is_separator, 8),
-                    lift_32=lift_of_heads(model, blocks, is_separator, 32), share=share.numpy(),
+        lifts_beyond = {f"lift_{distance}": lift_of_heads(
+            maps, far_pairs(T, distance, model.config.sinks), is_separator) for distance in (8, 32)}
+        return dict(**lifts_beyond, share=share.numpy(),
                     **losses_without_heads(model, blocks, is_separator, answers))
 
     return lab.remember(f"{run.name}-lift-of-heads", compute)
 
 
-def lift_of_heads(model, blocks, is_kind, distance):
-    """(n_layer, n_head)."""
-    maps = attention_maps(model, blocks[:, :-1])
-    far = far_pairs(maps.shape[-1], distance, model.config.sinks)
+def lift_of_heads(maps, far, is_kind):
+    """`lift` of every head: maps (n_layer, B, H, T, T) -> (n_layer, n_head)."""
     return np.stack([lift(p, far, is_kind).numpy() for p in maps])
 
 
@@ -269,28 +274,29 @@ def losses_without_kinds(lab, run, model, blocks, is_separator, answers):
              "as many others, at random": as_many_others(is_separator)}
     for label, characters in (KINDS_OF_LEDGER if answers else KINDS_OF_TEXT).items():
         kinds[label] = torch.isin(ids, torch.tensor(list(characters.encode())))
-    first = {"position 0": 0, "position 3": 3, "position 6": 6} if answers else {
-        "positions 0 to 3": slice(0, 4), "positions 4 to 7": slice(4, 8)}
-    for label, positions in first.items():
+    places = {"positions 0 to 3": slice(0, 4), "positions 4 to 7": slice(4, 8)}
+    if answers:
+        places = {"position 0": 0, "position 3": 3, "position 6": 6}
+    for label, positions in places.items():
         kinds[label] = torch.zeros_like(is_separator)
         kinds[label][:, positions] = True
 
     def compute():
         counts = what_counts(blocks, answers)
         trained = changed_nats(model, blocks)
+        maps = attention_maps(model, ids)
         found = {}
         for label, is_kind in kinds.items():
-            far = far_pairs(T, 8, 0 if label in first else model.config.sinks)
+            far = far_pairs(T, 8, 0 if label in places else model.config.sinks)
             in_all_heads = dict.fromkeys(np.ndindex(model.config.n_layer, model.config.n_head),
                                          far & is_kind[:, None])
             increase = changed_nats(model, blocks, in_all_heads) - trained
             found[label] = mean_and_error(increase.numpy().flatten(), counts.numpy().flatten(),
                                           n_stretches=len(ids))
-            if label in first:  # of queries that have all of these keys beyond 8
+            if label in places:  # of queries that have all of these keys beyond 8
                 far[:16] = False
-                maps = attention_maps(model, ids)
-                lifts = np.stack([lift(p, far, is_kind).numpy() for p in maps])
-                found[f"lift of {label}"] = [lifts.min(), lifts.max()]
+                lifts_of_kind = lift_of_heads(maps, far, is_kind)
+                found[f"lift of {label}"] = [lifts_of_kind.min(), lifts_of_kind.max()]
         return found
 
     found = lab.remember(f"{run.name}-without-kinds", compute)
@@ -298,7 +304,7 @@ def losses_without_kinds(lab, run, model, blocks, is_separator, answers):
     for label, is_kind in kinds.items():
         mean, error = found[label]
         cells[label] = f"{mean:+.4f} ± {error:.4f} ({is_kind.double().mean():.1%} of tokens)"
-        if label in first:
+        if label in places:
             low, high = found[f"lift of {label}"]
             cells[label] = f"{mean:+.4f} ± {error:.4f} (lift {low:.2f} to {high:.2f})"
     return cells
@@ -491,7 +497,7 @@ def training_free(lab, trained):
             for window in windows:
                 changes = dict(attn=attn, window=window, max_seps=window)
                 last, _ = costs(lab.model(run, **changes), val)
-                loss = lab.block_nats(run, **changes).mean()
+                loss = lab.loss(run, **changes)
                 points.setdefault(attn, []).append((last / T, loss))
                 rows.append([attn, window, f"{last:.0f}", f"{last / T:.1%}", f"{loss:.4f}"])
         table(f"free-{run.data}",

@@ -182,9 +182,9 @@ class Lab:
 
         return self.remember(describe(run, changes) + "-blocks64k", compute)["nats"]
 
-    def loss(self, run):
+    def loss(self, run, **changes):
         """The mean of `block_nats`: on the same bytes for all runs of the same data."""
-        return self.block_nats(run).mean()
+        return self.block_nats(run, **changes).mean()
 
     def stream(self, run, tokens, label, chunk_size=1024, **changes):
         """`stream_nats` of tokens, a text that is called `label`, as a dict."""
