@@ -1,86 +1,84 @@
-"""The GPT: nanoGPT's transformer with rotary positions, over sinks, separators and a window.
+"""The GPT: the transformer of Llama and Qwen3, over sinks, separators and a window.
 
 The one idea: training, prefill and decoding are the same `forward`. Without a cache the queries
 attend to the keys of their own text, with one to those that the cache returns. Who sees whom is
-worked out once, before the first layer. Read after `sep_cache.py` (its mask and its far list) and
-the first half of `sep_kernel.py`.
+worked out once, before the first layer.
+
+What is trained from scratch here has the shape of Qwen3; `GPT.from_pretrained` reads Llama, Mistral
+and Qwen into the same class. Read after `sep_cache.py` (who sees whom) and the first half of
+`sep_kernel.py`.
 """
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from sep_cache import SepCache, SepConfig, far_layout, option, require
-from sep_kernel import attend
+from sep_cache import SepConfig, far_layout, make_cache, option, require
+from sep_kernel import sep_attention
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GPTConfig(SepConfig):
     """The attention's settings and the model's shape. ValueError names what is out of range."""
     vocab_size: int = 256  # belongs to the data
     n_layer: int = option(4, "number of layers")
     n_head: int = option(4, "attention heads per layer")
+    n_kv_head: int | None = option(None, "heads of keys and values, each shared by n_head / "
+                                         "n_kv_head heads; None: as many as n_head")
     n_embd: int = option(128, "channels")
+    n_inner: int | None = None  # channels inside the MLP; None: 8/3 n_embd, a multiple of 32
+    head_dim: int | None = None  # None: n_embd / n_head
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3.1's, with the names of its config.json
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    tied: bool = True  # the embedding is also the output layer
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("vocab_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} is {value}, and must be at least 1")
-        require(self.n_embd % (2 * self.n_head) == 0,
-                f"n_embd is {self.n_embd}, and must be an even multiple of n_head, {self.n_head}")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.require_range("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", minimum=1)
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_inner = self.n_inner or 32 * math.ceil(8 / 3 * self.n_embd / 32)
+        require(self.head_dim >= 2 and self.head_dim % 2 == 0,
+                f"n_embd / n_head is {self.head_dim}, and must be even")
+        require(self.n_head % self.n_kv_head == 0,
+                f"n_head is {self.n_head}, and must be a multiple of n_kv_head, {self.n_kv_head}")
         require(all(0 <= s < self.vocab_size for s in self.separators),
                 f"separators are {self.separators}, and must be ids below {self.vocab_size}")
-
-    @property
-    def n_kv_head(self):
-        return self.n_head
-
-    @property
-    def head_dim(self):
-        return self.n_embd // self.n_head
 
 
 # ---- rotary position embeddings (RoFormer, arXiv 2104.09864)
 
 
-ROPE_BASE = 10000.0
-_rope_frequencies = {}
-
-
-@torch.compiler.assume_constant_result
-def rope_frequencies(head_dim, base, device):
-    """Angle per position of each channel, (D,) float64; the first half is negative (see below)."""
-    key = head_dim, base, device
-    if key not in _rope_frequencies:
-        with torch.inference_mode(False):  # training could not use a tensor of inference mode
-            exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-            frequencies = base ** -exponent  # (D / 2,) of the channel pairs
-            _rope_frequencies[key] = signed_frequencies(frequencies, device)
-    return _rope_frequencies[key]
-
-
-def signed_frequencies(frequencies, device):
-    """(D / 2,) of the channel pairs -> (D,) of the channels, on the device that computes angles."""
-    frequencies = torch.cat([-frequencies, frequencies])
-    if device.type == "mps":  # Apple GPUs have no float64
-        return frequencies
-    return frequencies.to(device)
+def rope_frequencies(config, device):
+    """Angle per position of each channel pair, (D / 2,) float64."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
+    frequencies = config.rope_theta ** (-exponent / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is not None:
+        # Llama 3.1: pairs that turn often within the original length stay, slow ones slow down
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        n_turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        keep = ((n_turns - low) / (high - low)).clamp(0, 1)
+        frequencies = keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+    return frequencies
 
 
 def rope_cos_sin(positions, frequencies, dtype):
-    """Cosines and signed sines for `apply_rope`: positions (T,), frequencies (D,) -> two of (T, D).
+    """Cosines and signed sines for `apply_rope`: positions (T,) -> two of (T, D).
 
-    The first channel of a pair needs -sin(a), the second sin(a): with a negative frequency the
-    first gets sin(-a) = -sin(a), and cos(-a) = cos(a). Angles are products in float64: at position
-    4,000,000 float32 would be off by a quarter of a radian. `dtype` is the model's; the results
-    have at least float32.
+    Angles are products in float64: at position 4,000,000 float32 would be off by a quarter of a
+    radian. `dtype` is the model's; the results have at least float32.
     """
-    angle = positions.to(frequencies.device).double()[:, None] * frequencies  # (T, D)
+    angle = positions.double()[:, None] * frequencies  # (T, D / 2)
+    cos, sin = angle.cos(), angle.sin()
     dtype = torch.promote_types(dtype, torch.float32)
-    return angle.cos().to(positions.device, dtype), angle.sin().to(positions.device, dtype)
+    return torch.cat([cos, cos], dim=1).to(dtype), torch.cat([-sin, sin], dim=1).to(dtype)
 
 
 def apply_rope(x, cos_sin):
@@ -90,83 +88,92 @@ def apply_rope(x, cos_sin):
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
-def forward_cos_sin(positions, frequencies, dtype, config, cache=None):
-    """What rotates the heads of one forward: cos_sin of q and k, sink_cos_sin of q_sink or None.
-
-    Tokens stand at their positions in the text. Separators are dropped at distance `block_size`,
-    the sinks never. To score them, too, only at distances that training has shown, `q_sink` is the
-    query as it would be at position `min(position, block_size - 1)`. For a single
-    token it is cheaper to turn the sinks' keys in the cache forward by the difference, once for all
-    layers, than to score the sinks of each layer with a query of their own.
-    """
-    cos_sin = rope_cos_sin(positions, frequencies, dtype)
-    last_trained = config.block_size - 1
-    # the position that a cache has reached is on its device, and not known here
-    may_pass_horizon = cache is not None or len(positions) > config.block_size
-    if config.attn == "full" or config.sinks == 0 or not may_pass_horizon:
-        return cos_sin, None
-    if cache is not None and len(positions) == 1:
-        excess = (positions - last_trained).clamp(min=0)
-        cache.show_sinks(apply_rope(cache.sink_keys, rope_cos_sin(excess, frequencies, dtype)))
-        return cos_sin, None
-    return cos_sin, rope_cos_sin(positions.clamp(max=last_trained), frequencies, dtype)
-
-
 # ---- the transformer
 
 
-def norm(x):
-    """RMSNorm without a gain: the weights of the linear layer that follows can hold one."""
-    return F.rms_norm(x, (x.shape[-1],))
-
-
-class CausalSelfAttention(nn.Module):
+class Attention(nn.Module):
 
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        H, H_kv, D = config.n_head, config.n_kv_head, config.head_dim
+        self.qkv = nn.Linear(config.n_embd, (H + 2 * H_kv) * D, bias=config.qkv_bias)
+        self.out = nn.Linear(H * D, config.n_embd, bias=False)
+        if config.qk_norm:
+            self.qk_gain = nn.Parameter(torch.ones(H + H_kv, 1, D))
 
     def forward(self, x, layout, cos_sin, sink_cos_sin=None, cache=None):
-        """x (B, T, C) -> (B, T, C). cos_sin rotates q and k, sink_cos_sin makes q_sink."""
-        B, T, C = x.shape
+        """x (B, T, C) -> (B, T, C). cos_sin rotates q and k, sink_cos_sin makes q_sink.
+
+        layout: of `far_layout` or, with a cache, the mask of its `advance`.
+        """
+        B, T, _ = x.shape
         config = self.config
-        qkv = self.qkv(x).view(B, T, 3, config.n_head, config.head_dim)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        v = qkv[2]
-        # QK-norm: scores stay bounded, so a high learning rate is safe. Autocast norms in float32.
-        qk = norm(qkv[:2]).to(v.dtype)
-        q_sink = None if sink_cos_sin is None else apply_rope(qk[0], sink_cos_sin)
-        q, k = apply_rope(qk, cos_sin)  # (B, H, T, D) each
+        H, H_kv, D = config.n_head, config.n_kv_head, config.head_dim
+        qkv = self.qkv(x).view(B, T, H + 2 * H_kv, D).transpose(1, 2)
+        qk, v = qkv.split([H + H_kv, H_kv], dim=1)
+        if config.qk_norm:
+            # scores stay bounded, so a high learning rate is safe; autocast norms in float32
+            qk = (F.rms_norm(qk, (D,), eps=config.norm_eps) * self.qk_gain).to(v.dtype)
+        q, k = apply_rope(qk, cos_sin).split([H, H_kv], dim=1)  # (B, H, T, D), (B, H_kv, T, D)
+
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)  # (B, H, M, D)
-        y = attend(q, k, v, layout, config, q_sink)  # (B, H, T, D)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+            k, v = cache.update(k, v, self.layer_idx)  # (B, H_kv, M, D)
+            q_sink = None if sink_cos_sin is None else apply_rope(qk[:, :H], sink_cos_sin)
+            y = cached_attention(q, k, v, layout, q_sink, config.sinks)
+        else:
+            k = k.repeat_interleave(H // H_kv, dim=1)  # (B, H, T, D)
+            v = v.repeat_interleave(H // H_kv, dim=1)
+            if layout is None:
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            else:
+                y = sep_attention(q, k, v, layout, config.window, config.sinks)
+        return self.out(y.transpose(1, 2).reshape(B, T, H * D))
+
+
+def cached_attention(q, k, v, mask, q_sink, sinks):
+    """Softmax attention of new queries over the rows of a cache, with shared keys and values.
+
+    q, q_sink (B, H, T, D); k, v (B, H_kv, M, D); mask (B, 1, T, M) or None. With q_sink, the first
+    `sinks` rows are scored by it. Returns (B, H, T, D).
+    """
+    if q_sink is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] > k.shape[1])
+    B, H, T, D = q.shape
+    group = (B, k.shape[1], -1, D)  # the queries of the heads that share keys, one after another
+    sink_scores = q_sink.reshape(group) @ k[:, :, :sinks].mT
+    scores = torch.cat([sink_scores, q.reshape(group) @ k[:, :, sinks:].mT], dim=-1)
+    scores = scores.view(B, H, T, -1) * D ** -0.5 + mask
+    weights = scores.softmax(-1).view(*group[:3], -1)  # (B, H_kv, H / H_kv * T, M)
+    return (weights @ v).view(B, H, T, D)
 
 
 class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
 
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_inner, bias=False)
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down(F.gelu(self.up(x)))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.attn = CausalSelfAttention(config, layer_idx)
+        self.attn_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config, layer_idx)
+        self.mlp_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, layout, cos_sin, sink_cos_sin=None, cache=None):
-        x = x + self.attn(norm(x), layout, cos_sin, sink_cos_sin, cache)
-        x = x + self.mlp(norm(x))
+        x = x + self.attn(self.attn_norm(x), layout, cos_sin, sink_cos_sin, cache)
+        x = x + self.mlp(self.mlp_norm(x))
         return x
 
 
@@ -176,18 +183,28 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the output layer
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        if not config.tied:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
-            nn.init.normal_(weight, std=self._initial_std(name, weight))
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=self._initial_std(name, weight))
 
     def _initial_std(self, name, weight):
         """Unit variance into attention and MLP, and little out of them at first."""
-        if name.endswith(("qkv.weight", "up.weight")):
+        if name.endswith(("qkv.weight", "gate_up.weight")):
             return weight.shape[1] ** -0.5
         if name.endswith(("out.weight", "down.weight")):
             return 0.02 / (2 * self.config.n_layer) ** 0.5
         return 0.02
+
+    @classmethod
+    def from_pretrained(cls, folder, **settings):
+        """The model in a Hugging Face folder: see `pretrained.load_model`."""
+        from pretrained import load_model  # here, since that file imports this one
+        return load_model(folder, **settings)
 
     def configure(self, **changes):
         """Change settings that shape no weights, like `attn`. ValueError as in GPTConfig."""
@@ -198,97 +215,66 @@ class GPT(nn.Module):
     def forward(self, ids, targets=None, cache=None):
         """Logits (B, T, V), and the mean cross-entropy in nats or, without targets, None.
 
-        ids (B, T) int64; targets (B, T) int64, -1 where no loss is taken; cache: a SepCache, which
-        takes the tokens in.
+        ids (B, T) int64; targets (B, T) int64, -1 where no loss is taken; cache: of `make_cache`,
+        takes the tokens in. ValueError for a text beyond block_size without a cache.
         """
         config = self.config
         T = ids.shape[1]
         if cache is None:
+            require(T <= config.block_size, f"the text has {T} tokens, and block_size is "
+                    f"{config.block_size}; a longer one needs a cache")
             positions = torch.arange(T, device=ids.device)
             layout = far_layout(ids, config)
         else:
             positions, layout = cache.advance(ids)
 
         x = self.embed(ids)  # (B, T, C)
-        frequencies = rope_frequencies(config.head_dim, ROPE_BASE, ids.device)
-        cos_sin, sink_cos_sin = forward_cos_sin(positions, frequencies, x.dtype, config, cache)
+        frequencies = rope_frequencies(config, ids.device)
+        cos_sin = rope_cos_sin(positions, frequencies, x.dtype)
+        sink_cos_sin = None
+        if cache is not None and cache.past_horizon:
+            # Separators are dropped at distance block_size, sinks never. To score them, too, only
+            # at distances that training has shown, q_sink is the query as it would be at position
+            # min(position, block_size - 1).
+            trained_positions = positions.clamp(max=config.block_size - 1)
+            sink_cos_sin = rope_cos_sin(trained_positions, frequencies, x.dtype)
         for block in self.blocks:
             x = block(x, layout, cos_sin, sink_cos_sin, cache)
-        logits = F.linear(norm(x), self.embed.weight)  # (B, T, V)
+        head = self.embed if config.tied else self.head
+        logits = F.linear(self.norm(x), head.weight)  # (B, T, V)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
 
+    @torch.inference_mode()
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, cache=None):
-        """The function `generate`, with this model."""
-        return generate(self, ids, max_new_tokens, temperature, top_k, cache)
+        """Yield, `max_new_tokens` times, the next token (B,) int64 of each of the prompts (B, T).
+
+        temperature 0 is greedy; top_k: sample among the k most likely tokens, None: among all;
+        cache: a fresh one, by default one is made.
+        """
+        if cache is None:
+            cache = make_cache(self.config, len(ids), ids.device, self.embed.weight.dtype)
+        for chunk in ids.split(CHUNK_SIZE, dim=1):
+            logits, _ = self(chunk, cache=cache)
+        for i in range(max_new_tokens):
+            if i > 0:
+                logits, _ = self(token[:, None], cache=cache)
+            token = sample_token(logits[:, -1], temperature, top_k)  # (B,)
+            yield token
 
 
-# ---- generation
-
-
-MAX_LOGITS = 2 ** 27  # numbers in the logits of one forward; longer texts are read in chunks
-
-
-@torch.inference_mode()
-def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, cache=None):
-    """Yield, `max_new_tokens` times, the next token (B,) int64 of each of the prompts ids (B, T).
-
-    temperature 0 is greedy; top_k: sample among the k most likely tokens, None: among all. cache: a
-    fresh SepCache, by default one is made. On a GPU, unless attn is "full", the steps after the
-    third replay a captured CUDA graph.
-    """
-    if cache is None:
-        cache = SepCache(model.config, len(ids), ids.device, model.embed.weight.dtype)
-    chunk_size = max(1, min(1024, MAX_LOGITS // (len(ids) * model.config.vocab_size)))
-    for chunk in ids.split(chunk_size, dim=1):
-        logits, _ = model(chunk, cache=cache)
-    token = sample_token(logits[:, -1], temperature, top_k)  # (B,)
-
-    def step():
-        logits, _ = model(token[:, None], cache=cache)
-        token.copy_(sample_token(logits[:, -1], temperature, top_k))
-
-    if ids.is_cuda and not cache.is_full:
-        step = GraphedStep(step, cache)
-    for i in range(max_new_tokens):
-        if i > 0:
-            step()
-        yield token.clone()
-
-
-class GraphedStep:
-    """Replays a decoding step as a CUDA graph: one launch for all of its kernels."""
-
-    def __init__(self, step, cache, n_eager=3):
-        self.step = step
-        self.cache = cache
-        self.n_eager = n_eager  # what is made on first use must exist before the capture
-        self.graph = None
-
-    def __call__(self):
-        if self.n_eager > 0:
-            self.n_eager -= 1
-            self.step()
-        elif self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.step()  # records what it launches, and runs nothing
-            self.graph.replay()
-        else:
-            self.graph.replay()
-            self.cache.n_tokens += 1  # a replay runs no Python
+CHUNK_SIZE = 512  # tokens of a long text that are read at once
 
 
 def sample_token(logits, temperature, top_k):
-    """Sample token ids (B,) from logits (B, V), without waiting for the GPU."""
+    """Sample token ids (B,) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # none overflows
     if top_k is not None:
-        k = min(top_k, logits.shape[-1])
-        kth_logit = logits.topk(k).values[:, -1:]
+        kth_logit = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth_logit, -torch.inf)
-    # the largest p / e, with e exponential, falls on each token with probability p
-    return (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)
+    return torch.multinomial(logits.softmax(-1), num_samples=1)[:, 0]
