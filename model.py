@@ -141,11 +141,13 @@ def cached_attention(q, k, v, mask, q_sink, sinks):
     if q_sink is None:
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] > k.shape[1])
     B, H, T, D = q.shape
-    group = (B, k.shape[1], -1, D)  # the queries of the heads that share keys, one after another
-    sink_scores = q_sink.reshape(group) @ k[:, :, :sinks].mT
-    scores = torch.cat([sink_scores, q.reshape(group) @ k[:, :, sinks:].mT], dim=-1)
+    H_kv = k.shape[1]
+    # the queries of the heads that share keys, one head after another
+    q = q.reshape(B, H_kv, H // H_kv * T, D)
+    q_sink = q_sink.reshape(q.shape)
+    scores = torch.cat([q_sink @ k[:, :, :sinks].mT, q @ k[:, :, sinks:].mT], dim=-1)
     scores = scores.view(B, H, T, -1) * D ** -0.5 + mask
-    weights = scores.softmax(-1).view(*group[:3], -1)  # (B, H_kv, H / H_kv * T, M)
+    weights = scores.softmax(-1).view(*q.shape[:3], -1)
     return (weights @ v).view(B, H, T, D)
 
 
