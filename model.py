@@ -29,7 +29,7 @@ class GPTConfig(SepConfig):
     n_kv_head: int | None = option(None, "heads of keys and values, each shared by n_head / "
                                          "n_kv_head heads; None: as many as n_head")
     n_embd: int = option(128, "channels")
-    n_inner: int | None = None  # channels inside the MLP; None: 8/3 n_embd, a multiple of 32
+    n_inner: int | None = None  # channels inside the MLP; None: 8/3 n_embd, in multiples of 32
     head_dim: int | None = None  # None: n_embd / n_head
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -43,7 +43,7 @@ class GPTConfig(SepConfig):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.require_range("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", minimum=1)
         self.head_dim = self.head_dim or self.n_embd // self.n_head
-        self.n_inner = self.n_inner or 32 * math.ceil(8 / 3 * self.n_embd / 32)
+        self.n_inner = self.n_inner or max(32, self.n_embd * 8 // 3 // 32 * 32)
         require(self.head_dim >= 2 and self.head_dim % 2 == 0,
                 f"n_embd / n_head is {self.head_dim}, and must be even")
         require(self.n_head % self.n_kv_head == 0,
@@ -156,12 +156,12 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_inner, bias=False)
+        self.gate = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.up = nn.Linear(config.n_embd, config.n_inner, bias=False)
         self.down = nn.Linear(config.n_inner, config.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
@@ -196,7 +196,7 @@ class GPT(nn.Module):
 
     def _initial_std(self, name, weight):
         """Unit variance into attention and MLP, and little out of them at first."""
-        if name.endswith(("qkv.weight", "gate_up.weight")):
+        if name.endswith(("qkv.weight", "gate.weight", "up.weight")):
             return weight.shape[1] ** -0.5
         if name.endswith(("out.weight", "down.weight")):
             return 0.02 / (2 * self.config.n_layer) ** 0.5
