@@ -48,6 +48,32 @@ def option(default, help):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+def add_options(parser, config_class, **defaults):
+    """A command line option for each field made by `option`; only those given will be parsed.
+
+    defaults: what the help shows as default, where it is not the field's.
+    """
+    for field in dataclasses.fields(config_class):
+        if "help" in field.metadata:
+            kind = dict(type=int_or_none if field.type == int | None else field.type,
+                        metavar=field.name.upper())
+            if field.type is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
+            default = defaults.get(field.name, field.default)
+            parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **kind,
+                                help=f"{field.metadata['help']} (default: {default})")
+
+
+def int_or_none(text):
+    return None if text == "None" else int(text)
+
+
+def fields_of(config_class, settings):
+    """Those of the settings (a dict) that are fields of a dataclass."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return {name: value for name, value in settings.items() if name in names}
+
+
 def require(ok, sentence):
     """ValueError with this sentence unless ok."""
     if not ok:
@@ -378,9 +404,7 @@ def mark(i, j, reach, config):
 
 @dataclass(kw_only=True)
 class MapConfig(SepConfig):
-    """The defaults of a map, and a model of one channel: all that it needs."""
-    window: int = 8
-    sinks: int = 2
+    """A model of one channel: all that a map needs."""
     n_layer: int = 1
     n_kv_head: int = 1
     head_dim: int = 1
@@ -390,18 +414,14 @@ def main():
     parser = argparse.ArgumentParser(
         description="Draw the attention map of a text, and what the cache holds after each token.")
     parser.add_argument("text", help="the text, 1 to 200 bytes")
-    defaults = MapConfig()
-    for name in ("attn", "window", "sinks", "max_seps", "fixed_every", "block_size"):
-        default = getattr(defaults, name)
-        help_text = SepConfig.__dataclass_fields__[name].metadata["help"]
-        parser.add_argument(f"--{name}", type=str if name == "attn" else int, default=default,
-                            help=f"{help_text} (default: {default})")
+    defaults = dict(window=8, sinks=2)
+    add_options(parser, SepConfig, **defaults)
     settings = vars(parser.parse_args())
     text = settings.pop("text").encode(errors="surrogateescape")
     if not 1 <= len(text) <= 200:
         parser.error(f"the text has {len(text)} bytes; a map can show 1 to 200")
     try:
-        config = MapConfig(**settings)
+        config = MapConfig(**defaults | settings)
     except ValueError as error:
         parser.error(str(error))
     sys.stdout.reconfigure(encoding="utf-8")

@@ -1,111 +1,130 @@
-"""Who sees whom: the far list and its ranges against the definition at the top of sep_cache.py."""
+"""Who sees whom: reach and the far list are the definition, and attention over them is exact."""
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, run
 
-import model as model_module
-from sep_cache import far_layout, sees
+from sep_cache import SepConfig, far_layout, is_kept, key_reach
 from sep_kernel import sep_attention
+
+SPARSE = ["streamingllm", "fixed", "sep"]
 
 
 def definition_mask(ids, config):
-    """The T x T mask of one text (a list of ids), from the loop that defines it."""
-    T = len(ids)
-    kept = [j < config.sinks
-            or config.attn == "sep" and ids[j] in config.separators
-            or config.attn == "fixed" and j % config.fixed_every == 0 for j in range(T)]
-    return torch.tensor([[j <= i and sees(i, j, kept, config) for j in range(T)] for i in range(T)])
+    """(B, T, T) bool, from the words of the paper: window, sinks, and the latest max_seps kept
+    tokens that have left the window, nearer than block_size."""
+    B, T = ids.shape
+    mask = torch.zeros(B, T, T, dtype=torch.bool)
+    for b in range(B):
+        kept = [j for j in range(config.sinks, T)
+                if (config.attn == "sep" and ids[b, j].item() in config.separators)
+                or (config.attn == "fixed" and j % config.fixed_every == 0)]
+        for i in range(T):
+            far = [j for j in kept if j <= i - config.window]
+            if config.max_seps is not None:
+                far = far[max(len(far) - config.max_seps, 0):]
+            seen = [j for j in far if i - j < config.block_size]
+            seen += range(min(config.sinks, i + 1))
+            seen += range(max(i - config.window + 1, 0), i + 1)
+            if config.attn == "full":
+                seen = range(i + 1)
+            mask[b, i, list(seen)] = True
+    return mask
 
 
-def definition_masks(ids, config):
-    return torch.stack([definition_mask(text.tolist(), config) for text in ids])
-
-
-def random_case(tiny):
-    """A sparse configuration and a batch of texts, shorter and longer than block_size."""
-    config = tiny(
-        attn=random.choice(["streamingllm", "fixed", "sep"]),
-        window=random.choice([1, 2, 5, 17, 60]),
-        sinks=random.choice([0, 1, 3, 60]),
-        max_seps=random.choice([0, 1, 4, None]),
-        block_size=random.choice([1, 6, 20, 100]),
-        fixed_every=random.choice([1, 3, 8]),
+def random_config(**changes):
+    settings = dict(
+        attn=random.choice(SPARSE), window=random.choice([1, 2, 5, 40, 200, 10 ** 9]),
+        sinks=random.choice([0, 1, 3, 9]), max_seps=random.choice([0, 1, 3, None, 10 ** 9]),
+        block_size=random.choice([1, 8, 16, 300]), fixed_every=4,
         separators=random.choice([(), (1,), (1, 2, 3), tuple(range(12))]))
-    return config, torch.randint(12, (random.randint(1, 3), random.randint(1, 50)))
+    return SepConfig(**settings | changes)
 
 
-def test_the_definition_and_the_list_are_the_worked_example(tiny):
-    """`a,b.cd` in the docstrings of sep_cache.py: 1 for a separator and 5 for any other token."""
-    config = tiny(attn="sep", window=2, sinks=1, max_seps=None, block_size=4, separators=(1,))
-    ids = [5, 1, 5, 1, 5, 5]
-    rows = ["x.....", "xx....", "xxx...", "xxxx..", "xx.xx.", "x..xxx"]
-    expected = torch.tensor([[char == "x" for char in row] for row in rows])
-    assert torch.equal(definition_mask(ids, config), expected)
-    far, start, stop = far_layout(torch.tensor([ids]), config)
-    assert far[0, :3].tolist() == [0, 1, 3]
-    assert stop[0].tolist() == [0, 0, 1, 2, 2, 3]
-    assert start[0].tolist() == [1, 1, 1, 1, 1, 2]
+def test_the_worked_example():
+    config = SepConfig(window=2, sinks=1, block_size=4, separators=tuple(b",."))
+    ids = torch.tensor([list(b"a,b.cd")])
+    expected = torch.tensor([[1, 0, 0, 0, 0, 0],
+                             [1, 1, 0, 0, 0, 0],
+                             [1, 1, 1, 0, 0, 0],
+                             [1, 1, 1, 1, 0, 0],
+                             [1, 1, 0, 1, 1, 0],
+                             [1, 0, 0, 1, 1, 1]]).bool()
+    assert definition_mask(ids, config)[0].equal(expected)
+    layout = far_layout(ids, config)
+    assert layout.far.tolist() == [[0, 1, 3, 5, 4, 2]]
+    assert layout.stop.tolist() == [[0, 0, 1, 2, 2, 3]]
+    assert layout.start.tolist() == [[0, 0, 1, 1, 1, 2]]
+    assert layout.reach.tolist() == [[6, 4, 2, 4, 2, 2]]
 
 
-def test_ranges_are_the_definition(seed, tiny):
-    for _ in range(300):
-        config, ids = random_case(tiny)
-        B, T = ids.shape
-        q, k = torch.randn(2, B, 1, T, 8, dtype=torch.float64)
-        # with the identity for values, the output is the attention: positive where a key is seen
-        identity = torch.eye(T, dtype=q.dtype).expand(B, 1, T, T)
-        layout = far_layout(ids, config)
-        attention = sep_attention(q, k, identity, layout, config.window, config.sinks, impl="torch")
-        assert torch.equal(attention[:, 0] > 0, definition_masks(ids, config)), config
-
-
-def test_sinks_beyond_the_window_are_scored_with_q_sink(seed, tiny):
+@pytest.mark.parametrize("attn", ["full", *SPARSE])
+def test_every_key_is_seen_by_the_queries_within_its_reach(seed, attn):
     for _ in range(30):
-        config, ids = random_case(tiny)
-        B, T = ids.shape
-        q, q_sink, k, v = torch.randn(4, B, 2, T, 8, dtype=torch.float64)
-        out = sep_attention(q, k, v, far_layout(ids, config), config.window, config.sinks, q_sink)
-        i = torch.arange(T)[:, None]
-        j = torch.arange(T)
-        is_far_sink = (j < config.sinks) & (i - j >= config.window)
-        scores = torch.where(is_far_sink, q_sink @ k.mT, q @ k.mT) / 8 ** 0.5
-        mask = definition_masks(ids, config)[:, None]
-        expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
-        assert torch.allclose(out, expected, atol=1e-12)
+        config = random_config(attn=attn)
+        T = random.randint(1, 60)
+        ids = torch.randint(12, (2, T))
+        positions = torch.arange(T).expand(2, T).contiguous()
+        reach = key_reach(is_kept(ids, positions[0], config), positions, config)
+        distance = positions[0, :, None] - positions[0]
+        mask = (distance >= 0) & (distance < reach[:, None])
+        assert mask.equal(definition_mask(ids, config)), config
 
 
-def test_layout_has_static_shapes_and_never_decreases(seed, tiny):
-    for _ in range(100):
-        config, ids = random_case(tiny)
-        far, start, stop = far_layout(ids, config)
-        assert far.shape == start.shape == stop.shape == ids.shape
-        assert far.dtype == start.dtype == stop.dtype == torch.int32
-        assert (stop.diff(dim=1) >= 0).all() and (stop <= torch.arange(ids.shape[1])).all()
-        assert (start.diff(dim=1) >= 0).all() and (start >= config.sinks).all()
-    assert far_layout(ids, tiny(attn="full")) is None
+def test_attention_and_its_gradients_are_those_of_the_definition(seed):
+    for _ in range(40):
+        config = random_config()
+        B, T = random.randint(1, 3), random.randint(1, 150)
+        ids = torch.randint(12, (B, T))
+        q, k, v = (torch.randn(B, 2, T, 16, dtype=torch.float64).requires_grad_() for _ in range(3))
+        mask = definition_mask(ids, config)[:, None]
+        expected = F.scaled_dot_product_attention(q, k, v, mask)
+        layout = far_layout(ids, config)
+        actual = sep_attention(q, k, v, layout, config.window, config.sinks, impl="torch")
+        gradient = torch.randn_like(expected)
+        expected_gradients = torch.autograd.grad(expected, (q, k, v), gradient)
+        gradients = torch.autograd.grad(actual, (q, k, v), gradient)
+        assert (actual - expected).abs().max() < 1e-9, config
+        for a, b in zip(gradients, expected_gradients, strict=True):
+            assert (a - b).abs().max() < 1e-9, config
 
 
-def test_unknown_impls_and_mixed_dtypes_are_refused(tiny):
-    x = torch.zeros(1, 1, 1, 16)
-    layout = far_layout(torch.zeros(1, 1, dtype=torch.int64), tiny())
-    with pytest.raises(ValueError, match="impl is 'cuda'"):
-        sep_attention(x, x, x, layout, 1, impl="cuda")
-    with pytest.raises(ValueError, match="float32, torch.float32 and torch.bfloat16, and must"):
-        sep_attention(x, x, x.bfloat16(), layout, 1)
+def test_the_layout_is_linear_in_the_text_and_its_ranges_never_go_back(seed):
+    for _ in range(20):
+        config = random_config()
+        layout = far_layout(torch.randint(12, (2, 100)), config)
+        assert all(x.shape == (2, 100) and x.dtype == torch.int32 for x in layout)
+        assert (layout.start.diff() >= 0).all() and (layout.stop.diff() >= 0).all()
+        assert (layout.start <= layout.stop).all()
+        assert (layout.far.sort().values == torch.arange(100)).all()
 
 
-def test_attention_gets_one_dtype_where_autocast_norms_in_float32(tiny, monkeypatch):
-    """As on a GPU, where autocast gives rms_norm a float32 result."""
-    dtypes = []
+def test_unknown_impls_and_mixed_dtypes_are_refused():
+    layout = far_layout(torch.zeros(1, 8, dtype=torch.int64), SepConfig(window=2))
+    x = torch.zeros(1, 1, 8, 16)
+    with pytest.raises(ValueError, match="cuda.*must be auto, triton or torch"):
+        sep_attention(x, x, x, layout, 2, impl="cuda")
+    with pytest.raises(ValueError, match="must agree"):
+        sep_attention(x, x.double(), x, layout, 2)
 
-    def attend(q, k, v, *rest):
-        dtypes.append({q.dtype, k.dtype, v.dtype})
-        return q
 
-    monkeypatch.setattr(model_module, "norm", lambda x: F.rms_norm(x.float(), x.shape[-1:]))
-    monkeypatch.setattr(model_module, "attend", attend)
-    with torch.autocast("cpu", torch.bfloat16):
-        model_module.GPT(tiny())(torch.zeros(1, 40, dtype=torch.int64))
-    assert dtypes == [{torch.bfloat16}] * 2
+@pytest.mark.parametrize("setting", [dict(window=0), dict(window=2 ** 31), dict(sinks=-1),
+                                     dict(attn="seps"), dict(max_seps=-1), dict(fixed_every=0)])
+def test_a_setting_out_of_range_is_named(setting):
+    (name, value), = setting.items()
+    with pytest.raises(ValueError, match=f"{name} is {value!r}.*must be"):
+        SepConfig(**setting)
+
+
+def test_the_map_is_drawn_as_the_readme_shows_it():
+    _, out, _ = run("sep_cache.py", "To be, or not to be: that is it. So?", "--max_seps", 2)
+    lines = out.splitlines()
+    assert "  35 ?▒▒···▓·············▓········████████   To,: |  it. So?" in lines
+    readme = (ROOT / "README.md").read_text().splitlines()
+    shown = [line for line in readme if line[:4].strip().isdigit() and "|" in line]
+    assert shown and set(shown) <= set(lines)
+    assert run("sep_cache.py", "x" * 300)[0] == 2
+    assert run("sep_cache.py", "x", "--window", 2 ** 70)[0] == 2
+    assert run("sep_cache.py", b"caf\xe9")[0] == 0  # not UTF-8
