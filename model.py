@@ -62,7 +62,8 @@ def rope_frequencies(config, device):
     scaling = config.rope_scaling
     if scaling is not None:
         # Llama 3.1: pairs that turn often within the original length stay, slow ones slow down
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        low = scaling["low_freq_factor"]
+        high = scaling["high_freq_factor"]
         n_turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         keep = ((n_turns - low) / (high - low)).clamp(0, 1)
         frequencies = keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
@@ -76,9 +77,10 @@ def rope_cos_sin(positions, frequencies, dtype):
     radian. `dtype` is the model's; the results have at least float32.
     """
     angle = positions.double()[:, None] * frequencies  # (T, D / 2)
-    cos, sin = angle.cos(), angle.sin()
     dtype = torch.promote_types(dtype, torch.float32)
-    return torch.cat([cos, cos], dim=1).to(dtype), torch.cat([-sin, sin], dim=1).to(dtype)
+    cos = angle.cos().to(dtype)
+    sin = angle.sin().to(dtype)
+    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
 
 
 def apply_rope(x, cos_sin):
@@ -97,11 +99,13 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        H, H_kv, D = config.n_head, config.n_kv_head, config.head_dim
-        self.qkv = nn.Linear(config.n_embd, (H + 2 * H_kv) * D, bias=config.qkv_bias)
-        self.out = nn.Linear(H * D, config.n_embd, bias=False)
+        D = config.head_dim
+        n_qk = config.n_head + config.n_kv_head
+        n_qkv = n_qk + config.n_kv_head
+        self.qkv = nn.Linear(config.n_embd, n_qkv * D, bias=config.qkv_bias)
+        self.out = nn.Linear(config.n_head * D, config.n_embd, bias=False)
         if config.qk_norm:
-            self.qk_gain = nn.Parameter(torch.ones(H + H_kv, 1, D))
+            self.qk_gain = nn.Parameter(torch.ones(n_qk, 1, D))
 
     def forward(self, x, layout, cos_sin, sink_cos_sin=None, cache=None):
         """x (B, T, C) -> (B, T, C). cos_sin rotates q and k, sink_cos_sin makes q_sink.
@@ -110,17 +114,22 @@ class Attention(nn.Module):
         """
         B, T, _ = x.shape
         config = self.config
-        H, H_kv, D = config.n_head, config.n_kv_head, config.head_dim
-        qkv = self.qkv(x).view(B, T, H + 2 * H_kv, D).transpose(1, 2)
+        D = config.head_dim
+        H = config.n_head
+        H_kv = config.n_kv_head
+        qkv = self.qkv(x).view(B, T, -1, D).transpose(1, 2)
         qk, v = qkv.split([H + H_kv, H_kv], dim=1)
         if config.qk_norm:
             # scores stay bounded, so a high learning rate is safe; autocast norms in float32
-            qk = (F.rms_norm(qk, (D,), eps=config.norm_eps) * self.qk_gain).to(v.dtype)
+            qk = F.rms_norm(qk, (D,), eps=config.norm_eps) * self.qk_gain
+            qk = qk.to(v.dtype)
         q, k = apply_rope(qk, cos_sin).split([H, H_kv], dim=1)  # (B, H, T, D), (B, H_kv, T, D)
 
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (B, H_kv, M, D)
-            q_sink = None if sink_cos_sin is None else apply_rope(qk[:, :H], sink_cos_sin)
+            q_sink = None
+            if sink_cos_sin is not None:
+                q_sink = apply_rope(qk[:, :H], sink_cos_sin)
             y = cached_attention(q, k, v, layout, q_sink, config.sinks)
         else:
             k = k.repeat_interleave(H // H_kv, dim=1)  # (B, H, T, D)
@@ -139,13 +148,16 @@ def cached_attention(q, k, v, mask, q_sink, sinks):
     `sinks` rows are scored by it. Returns (B, H, T, D).
     """
     if q_sink is None:
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] > k.shape[1])
+        is_grouped = q.shape[1] > k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=is_grouped)
     B, H, T, D = q.shape
     H_kv = k.shape[1]
     # the queries of the heads that share keys, one head after another
     q = q.reshape(B, H_kv, H // H_kv * T, D)
     q_sink = q_sink.reshape(q.shape)
-    scores = torch.cat([q_sink @ k[:, :, :sinks].mT, q @ k[:, :, sinks:].mT], dim=-1)
+    sink_scores = q_sink @ k[:, :, :sinks].mT
+    other_scores = q @ k[:, :, sinks:].mT
+    scores = torch.cat([sink_scores, other_scores], dim=-1)
     scores = scores.view(B, H, T, -1) * D ** -0.5 + mask
     weights = scores.softmax(-1).view(*q.shape[:3], -1)
     return (weights @ v).view(B, H, T, D)
@@ -243,10 +255,12 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, layout, cos_sin, sink_cos_sin, cache)
         head = self.embed if config.tied else self.head
-        logits = F.linear(self.norm(x), head.weight)  # (B, T, V)
+        x = self.norm(x)
+        logits = F.linear(x, head.weight)  # (B, T, V)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        all_logits = logits.float().flatten(0, 1)  # (B T, V)
+        loss = F.cross_entropy(all_logits, targets.flatten(), ignore_index=-1)
         return logits, loss
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ from data.prepare import ByteTokenizer, read_pieces
 from model import CHUNK_SIZE
 from pretrained import Tokenizer
 from sep_cache import SepConfig, add_options, fields_of, make_cache, require
-from train import TrainConfig, load_checkpoint, load_model
+from train import TrainConfig, check_device, load_model
 
 
 def load(path):
@@ -128,6 +128,7 @@ def perplexity(nats):
 
 def run(args, attention):
     """Do what the options ask for."""
+    check_device(args.device)
     model, tokenizer = load(args.ckpt)
     if args.separators is not None:
         attention["separators"] = tokenizer.separators(args.separators)
@@ -201,7 +202,7 @@ def main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit("sample.py: stopped")
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"sample.py: {error}")
 
 

@@ -47,15 +47,12 @@ class TrainConfig:
     data: str = option("docs", "folder with train.bin and val.bin, or its name below data/")
     out_dir: str = option("out", "where ckpt.pt and log.jsonl go")
     device: str = option(DEFAULT_DEVICE, "cpu, cuda, cuda:N or another device of PyTorch")
-    batch_size: int = option(16, "sequences per step, over all devices")
-    grad_accum_steps: int = option(1, "split each batch into so many micro-batches, to save memory")
+    batch_size: int = option(16, "sequences per step, over all devices; a multiple of their number")
     max_steps: int = option(1000, "length of the training")
     learning_rate: float = option(3e-3, "peak learning rate")
     weight_decay: float = option(0.1, "of AdamW, on the matrices")
     warmup_steps: int = option(50, "steps of rising learning rate; then it falls to a tenth")
-    grad_clip: float = option(1.0, "largest norm of the gradient")
     eval_every: int = option(250, "steps between validations, each of which writes the checkpoint")
-    eval_batches: int = option(16, "batches per validation")
     compile: bool = option(False, "compile the model with torch.compile")
     seed: int = option(0, "of the initial weights and of the order of the data")
 
@@ -66,6 +63,7 @@ if torch.cuda.is_available():
     PRESET = dict(block_size=1024, n_layer=6, n_head=6, n_embd=384, window=64, max_seps=64,
                   batch_size=64, max_steps=2000, learning_rate=1e-3, warmup_steps=100, compile=True)
 
+EVAL_BATCHES = 16  # of a validation
 # a batch's seed is (TRAINING, cfg.seed, step) or (VALIDATION, 0, number of the batch)
 TRAINING = 0
 VALIDATION = 1
@@ -79,9 +77,6 @@ def train(cfg, model, data, resumed=None):
     """
     train_tokens, val_tokens, meta = data
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    require(cfg.batch_size % (world_size * cfg.grad_accum_steps) == 0,
-            f"batch_size {cfg.batch_size} must be a multiple of {world_size} processes x "
-            f"grad_accum_steps {cfg.grad_accum_steps}")
     device = torch.device(cfg.device)
     model.to(device).train()
     matrices = [weight for weight in model.parameters() if weight.dim() == 2]
@@ -97,26 +92,30 @@ def train(cfg, model, data, resumed=None):
     if world_size > 1:
         forward = DistributedDataParallel(forward)
 
-    def micro_batches(tokens, *seed):
-        """This process's share of the batch that `seed` names, in micro-batches: x, y."""
+    def loss_of(tokens, *seed):
+        """The mean loss of this process's share of the batch that `seed` names."""
         rng = np.random.default_rng(seed)
         x, y = get_batch(tokens, meta, cfg.batch_size, model.config.block_size, rng)
         x, y = x[rank::world_size].to(device), y[rank::world_size].to(device)
-        return zip(x.chunk(cfg.grad_accum_steps), y.chunk(cfg.grad_accum_steps), strict=True)
-
-    def loss_of(x, y):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return forward(x, y)[1] / cfg.grad_accum_steps
+            return forward(x, y)[1]
 
     @torch.no_grad()
     def evaluate():
         """The validation loss, on the same batches every time."""
-        losses = [loss_of(x, y).item() for i in range(cfg.eval_batches)
-                  for x, y in micro_batches(val_tokens, VALIDATION, 0, i)]
-        return mean_over_processes(sum(losses) / cfg.eval_batches, device)
+        losses = [loss_of(val_tokens, VALIDATION, 0, i).item() for i in range(EVAL_BATCHES)]
+        return mean_over_processes(sum(losses) / EVAL_BATCHES, device)
 
-    signals = catch_signals()
-    numbers = {}  # shown at the bar and written to the log
+    def log(**line):
+        # the training is worth more than its log
+        with contextlib.suppress(OSError), open(Path(cfg.out_dir, "log.jsonl"), "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    signals = []  # heard so far; from now on they end the program in its own time
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    numbers = {}  # shown at the bar
+    is_saved = True
     bar = tqdm(total=cfg.max_steps, initial=step, desc="training", unit="step", disable=rank > 0)
     while True:
         # every process stops if one has heard a signal
@@ -124,6 +123,7 @@ def train(cfg, model, data, resumed=None):
         is_eval_step = step % cfg.eval_every == 0 or step == cfg.max_steps
         if is_eval_step:
             numbers["val_loss"] = evaluate()
+            log(step=step, val_loss=numbers["val_loss"])
         require(all(map(math.isfinite, numbers.values())),
                 f"the loss is not finite at step {step}; {cfg.out_dir}/ckpt.pt is from before that: "
                 f"start from it with --init_from and a lower --learning_rate")
@@ -132,9 +132,11 @@ def train(cfg, model, data, resumed=None):
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                          info=json.dumps(info))
             path = Path(cfg.out_dir, "ckpt.pt")
-            # what was trained waits for room on the disk, or for another Ctrl-C
-            while not save_checkpoint(path, state) and is_last and len(signals) < 2:
-                time.sleep(5)
+            is_saved = save_checkpoint(path, state)
+            n_signals = len(signals)
+            while is_last and not is_saved and len(signals) == n_signals:
+                time.sleep(5)  # what was trained waits for room on the disk, or for Ctrl-C
+                is_saved = save_checkpoint(path, state)
         if is_last:
             break
 
@@ -142,27 +144,22 @@ def train(cfg, model, data, resumed=None):
         lr = get_lr(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        step_loss = 0.0
-        for x, y in micro_batches(train_tokens, TRAINING, cfg.seed, step):
-            loss = loss_of(x, y)
-            loss.backward()
-            step_loss += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        loss = loss_of(train_tokens, TRAINING, cfg.seed, step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
 
-        numbers["loss"] = mean_over_processes(step_loss, device)
+        numbers["loss"] = mean_over_processes(loss.item(), device)
         n_tokens = cfg.batch_size * model.config.block_size
         numbers["tokens_per_s"] = round(n_tokens / (time.perf_counter() - start))
         bar.set_postfix({name: f"{number:,.5g}" for name, number in numbers.items()}, refresh=False)
         bar.update()
-        # the training is worth more than its log
-        with contextlib.suppress(OSError), open(Path(cfg.out_dir, "log.jsonl"), "a") as log:
-            log.write(json.dumps(dict(step=step, lr=lr, **numbers)) + "\n")
+        log(step=step, lr=lr, loss=numbers["loss"], tokens_per_s=numbers["tokens_per_s"])
     bar.close()
     out_dir = shlex.quote(cfg.out_dir)
-    if step < cfg.max_steps:
+    if step < cfg.max_steps or not is_saved:
         print(f"stopped at step {step}; go on with: python train.py --resume --out_dir {out_dir}",
               file=sys.stderr)
         return 1
@@ -175,10 +172,8 @@ def get_lr(step, cfg):
     """The learning rate of a step: linear warm-up, then half a cosine down to a tenth."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
-    min_lr = cfg.learning_rate / 10
-    decay_ratio = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)  # 0 ... 1
-    coeff = 0.5 * (1.0 + math.cos(math.pi * min(decay_ratio, 1)))  # 1 ... 0
-    return min_lr + coeff * (cfg.learning_rate - min_lr)
+    progress = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)  # 0 ... 1
+    return cfg.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(progress, 1)))
 
 
 def mean_over_processes(number, device):
@@ -211,9 +206,7 @@ def save_checkpoint(path, state):
 
 def load_model(path):
     """The GPT in a checkpoint or in a Hugging Face folder."""
-    if Path(path, "config.json").exists():
-        return GPT.from_pretrained(path)
-    return load_checkpoint(path)[0]
+    return GPT.from_pretrained(path) if Path(path).is_dir() else load_checkpoint(path)[0]
 
 
 def load_checkpoint(path):
@@ -246,16 +239,12 @@ class Output:
         pass
 
 
-def catch_signals():
-    """From now on these signals do not end the program, but are added to the list returned."""
-    signals = []
-
-    def on_signal(number, frame):
-        signals.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, on_signal)
-    return signals
+def check_device(name):
+    """ValueError if PyTorch finds no such device here."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {error}") from None
 
 
 def start(options):
@@ -268,15 +257,15 @@ def start(options):
     if resume:
         out_dir = options.get("out_dir", TrainConfig.out_dir)
         model, state = load_checkpoint(Path(out_dir, "ckpt.pt"))
-        # the folder may have been moved, and the device may be another one
-        here = dict(out_dir=out_dir, device=TrainConfig.device)
-        settings = state["info"]["train_config"] | here | options
+        # the folder may have been moved
+        settings = state["info"]["train_config"] | dict(out_dir=out_dir) | options
     elif init_from:
         settled = settled - attention.keys()
         model = load_model(init_from)
     require(model is None or not settled,
             f"the model that the training starts from has settled {', '.join(settled)}")
     cfg = TrainConfig(**fields_of(TrainConfig, settings))
+    check_device(cfg.device)
 
     docs = Path(__file__).parent / "data" / "docs"
     if cfg.data == "docs" and not docs.exists() and int(os.environ.get("RANK", 0)) == 0:
@@ -285,18 +274,16 @@ def start(options):
         dist.barrier()
     data = load_data(cfg.data)
     meta = data[2]
-    separators = tuple(meta["separators"])
     if model is None:
         torch.manual_seed(cfg.seed)
-        settings.update(separators=separators, vocab_size=meta["vocab_size"])
-        model = GPT(GPTConfig(**fields_of(GPTConfig, settings)))
+        model = GPT(GPTConfig(**fields_of(GPTConfig, settings | meta)))
     elif resume:
         require(state["info"]["data"] == meta, f"the data {cfg.data} is not what the run was "
                 f"trained on; --init_from accepts other data")
     else:
         require(meta["vocab_size"] <= model.config.vocab_size, f"the data {cfg.data} has a "
                 f"vocabulary of {meta['vocab_size']}, and the model {model.config.vocab_size}")
-        model.configure(separators=separators, **attention)
+        model.configure(separators=meta["separators"], **attention)
     out_dir = Path(cfg.out_dir)
     require(resume or not (out_dir / "ckpt.pt").exists(),
             f"{out_dir} holds a run: go on with --resume, or give another --out_dir")
@@ -312,7 +299,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, TrainConfig, **PRESET)
     add_options(parser, GPTConfig, **PRESET)
-    parser.add_argument("--init_from", metavar="PATH", help="start from the weights of this "
+    parser.add_argument("--init_from", help="start from the weights of this "
                         "checkpoint or pretrained folder; its attention may change")
     parser.add_argument("--resume", action="store_true",
                         help="continue the run in out_dir from the step of its checkpoint")
@@ -324,7 +311,7 @@ def main():
         sys.exit(start(options))
     except KeyboardInterrupt:  # while the data is prepared; later on it saves a checkpoint
         sys.exit("train.py: stopped before the training began")
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"train.py: {error}")
     finally:
         if dist.is_initialized():

@@ -5,8 +5,6 @@
     python data/prepare.py --text FILE_OR_FOLDER  any text of yours
     python data/prepare.py --text FILE --tokenizer FOLDER
                                                   in tokens of a pretrained model's tokenizer.json
-    python data/prepare.py --recall               ledgers of facts, `a7.b2.a7.`: can a model look
-                                                  back past its window?
 
 Without a tokenizer, tokens are bytes: every text is valid, and nothing has to be learned before
 training. Texts are read in pieces, and the last tenth of each is for validation. A folder with
@@ -33,8 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for pretraine
 
 PIECE_SIZE = 1 << 18  # bytes of a text that are read at once
 
-RECALL_FACTS = 21  # of 3 bytes ("a7.") in a ledger; with its line break it has 64 bytes
-
 
 class ByteTokenizer:
     """Tokens are bytes. `pretrained.Tokenizer` has the same methods."""
@@ -49,20 +45,17 @@ class ByteTokenizer:
         return tuple(characters.encode())
 
     def decoder(self):
-        return ByteDecoder()
+        return ByteDecoder("replace")
 
 
-class ByteDecoder:
+class ByteDecoder(codecs.getincrementaldecoder("utf-8")):
     """Text from ids as they come; a character whose bytes are not all there yet waits for them."""
 
-    def __init__(self):
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
     def step(self, ids):
-        return self.decoder.decode(bytes(ids))
+        return self.decode(bytes(ids))
 
     def end(self):
-        return self.decoder.decode(b"", True)
+        return self.decode(b"", True)
 
 
 def prepare(folder, texts, tokenizer_folder=None, **meta):
@@ -78,7 +71,7 @@ def prepare(folder, texts, tokenizer_folder=None, **meta):
     meta.update(vocab_size=tokenizer.vocab_size, dtype=dtype.name,
                 separators=tokenizer.separators())
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new_folder:
+    with tempfile.TemporaryDirectory(dir=folder) as new_folder:
         new = Path(new_folder)
         with open(new / "train.bin", "wb") as train, open(new / "val.bin", "wb") as val:
             for text in texts:
@@ -103,7 +96,7 @@ def read_files(path):
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if file.is_file()
                  and not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    for name in tqdm(files, desc="reading", unit="file"):
+    for name in tqdm(files, "reading"):
         with open(name, "rb") as file:
             yield from read_pieces(file)
 
@@ -119,14 +112,14 @@ def read_docs():
 
     Nearly all of them are documentation.
     """
-    warnings.simplefilter("ignore", SyntaxWarning)  # other people's string escapes
+    warnings.simplefilter("ignore")  # other people's string escapes
     packages = [Path(find_spec(name).origin).parent for name in ("numpy", "torch")]
     files = [file for folder in (Path(os.__file__).parent, *packages)
              for file in sorted(folder.rglob("*.py"))
              if not {"site-packages", "test", "tests"} & set(file.relative_to(folder).parts)]
     random.Random(0).shuffle(files)  # so that all three are in both parts
     texts = {}  # a set that keeps its order
-    for file in tqdm(files, desc="reading docstrings", unit="file"):
+    for file in tqdm(files, "reading docstrings"):
         try:
             nodes = ast.walk(ast.parse(file.read_bytes()))
         except SyntaxError:  # for another version of Python
@@ -137,43 +130,24 @@ def read_docs():
     yield "\n\n".join(texts).encode(errors="replace")
 
 
-def make_ledgers():
-    """Lines of facts `key value .` in which a key has the same value at each mention.
-
-    Each ledger draws new values, so a value can be known only from an earlier mention of its key.
-    """
-    rng = random.Random(0)
-    ledgers = []
-    for _ in range(100_000):
-        value_of = dict(zip("abcdefgh", rng.choices("0123456789", k=8), strict=True))
-        keys = rng.choices("abcdefgh", k=RECALL_FACTS)
-        ledgers += [f"{key}{value_of[key]}." for key in keys] + ["\n"]
-    yield "".join(ledgers).encode()
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, metavar="FILE_OR_FOLDER",
-                        help="a text of yours (default: the documentation, as data/docs)")
-    parser.add_argument("--recall", action="store_true", help="ledgers of facts, as data/recall")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER",
-                        help="a pretrained model's folder: its tokens, not bytes")
-    parser.add_argument("--out", type=Path, metavar="FOLDER",
-                        help="folder to write (default: data/<name of the text>)")
+    parser.add_argument("--text", type=Path,
+                        help="a file or folder of yours (default: the documentation, as data/docs)")
+    parser.add_argument("--tokenizer", type=Path,
+                        help="the folder of a pretrained model, whose tokens are used instead of bytes")
+    parser.add_argument("--out", type=Path,
+                        help="the folder to write (default: data/<name of the text>)")
     args = parser.parse_args()
-    name, texts, meta = "docs", read_docs(), {}
+    name, texts = "docs", read_docs()
     if args.text:
         name, texts = args.text.resolve().stem, read_files(args.text)
-    elif args.recall:
-        # the loss is taken on the values alone, and a training text is one whole ledger
-        meta = dict(answers=list(b"0123456789"), record=3 * RECALL_FACTS + 1)
-        name, texts = "recall", make_ledgers()
     folder = args.out or Path(__file__).parent / name
     try:
-        prepare(folder, texts, args.tokenizer, **meta)
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepare.py: {error}")
+        prepare(folder, texts, args.tokenizer)
+    except (OSError, ValueError, KeyboardInterrupt) as error:
+        sys.exit(f"prepare.py: {str(error) or 'stopped'}")
     print(f"{folder} is ready; train on it with: python train.py --data {folder}", file=sys.stderr)
 
 

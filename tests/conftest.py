@@ -21,7 +21,7 @@ TEXT = ("It is a truth universally acknowledged, that a single man in possession
         "is well fixed!\n") * 40
 # options of a model that trains in a second
 SHAPE = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--window", 8, "--block_size", 32,
-         "--batch_size", 4, "--eval_every", 20, "--eval_batches", 2]
+         "--batch_size", 4, "--eval_every", 20]
 
 
 @pytest.fixture

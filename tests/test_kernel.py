@@ -49,21 +49,21 @@ def dense_attention(q, k, v, mask):
     return scores.softmax(-1) @ v
 
 
-def random_case(dtype, head_sizes=(16, 32, 64, 128)):
+def random_case(dtype, head_sizes=(16, 32, 64, 128), longest=280):
     """q, k, v and the output's gradient; the layout and mask of the same texts; a config."""
     pick = random.choice
     config = SepConfig(
         attn=pick(["sep", "sep", "fixed", "streamingllm"]),
         window=pick([1, 2, 9, 33, 130, 10 ** 9]),
         sinks=pick([0, 1, 4, 20]),
-        max_seps=pick([None, None, 0, 1, 5, 10 ** 9]),
+        max_seps=pick([None, 0, 3, 20, 90, 10 ** 9]),
         block_size=pick([8, 64, 300]),
         fixed_every=pick([1, 3, 10]),
         separators=(1,))
     B = pick([1, 2])
     H = pick([1, 2])
     D = pick(head_sizes)
-    T = pick([1, random.randint(2, 70), random.randint(70, 280)])
+    T = random.randint(1, pick([1, 15, 70, longest]))
     many = torch.rand(B, 1, device=DEVICE)  # some texts have many separators, some have few
     ids = (torch.rand(B, T, device=DEVICE) < many).long()
     # not contiguous, as a model has them
@@ -80,12 +80,14 @@ def out_and_gradients(attention, tensors, *args):
 
 
 def error(results, exact):
-    return max((x.double() - e).abs().max() for x, e in zip(results, exact, strict=True))
+    """The largest error, or NaN."""
+    errors = [(x.double() - e).abs().max() for x, e in zip(results, exact, strict=True)]
+    return torch.stack(errors).max()
 
 
 @pytest.mark.parametrize("dtype, cases", [
-    (torch.float32, 6),
-    (torch.bfloat16, 16),
+    (torch.float32, 8),
+    (torch.bfloat16, 20),
     (torch.float16, 8),
 ])
 def test_output_and_gradients_equal_float64(seed, dtype, cases):
@@ -111,8 +113,8 @@ def guarded(x):
 
 
 def test_nothing_outside_of_the_tensors_is_used(seed):
-    for _ in range(5):
-        tensors, layout, mask, config = random_case(torch.float32, [16])
+    for _ in range(12):
+        tensors, layout, mask, config = random_case(torch.float32, [16], longest=40)
         expected = out_and_gradients(dense_attention, tensors, mask)
         tensors = [guarded(x) for x in tensors]
         layout = [guarded(x) for x in layout]

@@ -14,14 +14,16 @@ import torch
 from conftest import ROOT, SHAPE, TEXT, run, start
 
 from data.loader import get_batch, load_data
-from data.prepare import ByteTokenizer, make_ledgers, read_pieces
+from data.prepare import ByteTokenizer, read_pieces
 from train import TrainConfig, get_lr, load_checkpoint
 
 
 def log_of(out_dir):
-    """{step: line} of log.jsonl."""
-    lines = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line for line in lines}
+    """{step: its numbers} of log.jsonl."""
+    log = {}
+    for line in (out_dir / "log.jsonl").read_text().splitlines():
+        log.setdefault(json.loads(line)["step"], {}).update(json.loads(line))
+    return log
 
 
 def wait_for(path):
@@ -67,13 +69,6 @@ def test_a_file_is_read_in_pieces_of_bounded_size(tmp_path):
     assert max(map(len, pieces)) <= 2 ** 19
 
 
-def test_a_key_has_the_same_value_throughout_a_ledger():
-    text, = make_ledgers()
-    for ledger in text.decode().splitlines()[:1000]:
-        facts = ledger.split(".")[:-1]
-        assert len(facts) == 21 and len({fact[0] for fact in facts}) == len(set(facts))
-
-
 def test_targets_that_do_not_count_leave_the_inputs_alone():
     tokens = np.arange(100, dtype=np.uint8)
     meta = dict(record=1, answers=[7, 8])
@@ -93,9 +88,9 @@ def test_text_is_decoded_as_its_bytes_arrive():
 
 def test_training_learns_writes_and_logs(checkpoint):
     log = log_of(checkpoint.parent)
-    assert list(log) == list(range(1, 41))
-    assert log[1]["val_loss"] > 5 and log[40]["val_loss"] < 4
-    assert log[40]["loss"] < log[1]["loss"] and log[40]["tokens_per_s"] > 0
+    assert list(log) == list(range(41))
+    assert log[0]["val_loss"] > 5.4 and log[40]["val_loss"] < 4.9
+    assert log[40]["loss"] < log[1]["loss"] - 0.5 and log[40]["tokens_per_s"] > 0
     model, state = load_checkpoint(checkpoint)
     assert state["step"] == 40 and model.config.attn == "full"
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["ckpt.pt", "log.jsonl"]
@@ -123,7 +118,7 @@ def test_resume_after_a_signal_is_the_uninterrupted_run_to_the_last_digit(data, 
         subprocess.run(f"{sys.executable} {advice}", shell=True, cwd=ROOT, check=True,
                        stderr=subprocess.DEVNULL, env={"OMP_NUM_THREADS": "1"})
         log = log_of(out_dir)
-        assert [log[step]["loss"] for step in whole] == [whole[step]["loss"] for step in whole]
+        assert all(log[step]["loss"] == whole[step]["loss"] for step in range(1, 121))
 
 
 def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(data, tmp_path, seed):
@@ -150,28 +145,27 @@ def test_a_full_disk_costs_nothing_that_was_trained(data, tmp_path):
     run("train.py", "--data", data, "--out_dir", tmp_path, "--max_steps", 20, *SHAPE)
     before = (tmp_path / "ckpt.pt").read_bytes()
     command = f"ulimit -f 1; exec {sys.executable} train.py --resume --out_dir {tmp_path} " \
-              f"--max_steps 25 --eval_every 2"
+              f"--max_steps 10000 --eval_every 2"
     process = subprocess.Popen(command, shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     line = next(line for line in process.stderr if "could not be written" in line)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    process.communicate()
+    deadline = time.time() + 60
+    while process.poll() is None and time.time() < deadline:  # the first stops, the next gives up
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+    assert process.poll() == 1
     assert "and is as it was" in line
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
-def test_two_processes_train_like_one_and_accumulation_is_the_same_training(data, tmp_path):
+def test_two_processes_train_like_one(data, tmp_path):
     options = ["--data", data, "--max_steps", 20, *SHAPE]
     run("train.py", "--out_dir", tmp_path / "one", *options)
-    run("train.py", "--out_dir", tmp_path / "accumulated", *options, "--grad_accum_steps", 4)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                ROOT / "train.py", "--out_dir", tmp_path / "two", *options]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
-    one = log_of(tmp_path / "one")
-    for other in ("accumulated", "two"):
-        log = log_of(tmp_path / other)
-        assert all(abs(log[step]["loss"] - one[step]["loss"]) < 1e-5 for step in one)
-        assert abs(log[20]["val_loss"] - one[20]["val_loss"]) < 1e-5
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert all(abs(two[step]["loss"] - one[step]["loss"]) < 1e-5 for step in range(1, 21))
+    assert abs(two[20]["val_loss"] - one[20]["val_loss"]) < 1e-5
 
 
 def test_post_training_starts_from_the_model_and_changes_its_attention(checkpoint, data, tmp_path):
@@ -180,8 +174,8 @@ def test_post_training_starts_from_the_model_and_changes_its_attention(checkpoin
                        "--batch_size", 4)
     assert code == 0, err
     before, log = log_of(checkpoint.parent), log_of(tmp_path)
-    assert log[1]["val_loss"] < before[40]["val_loss"] + 0.5
-    assert log[20]["val_loss"] < log[1]["val_loss"]
+    assert log[0]["val_loss"] < before[40]["val_loss"] + 0.1
+    assert log[20]["val_loss"] < log[0]["val_loss"]
     assert load_checkpoint(tmp_path / "ckpt.pt")[0].config.attn == "sep"
 
 
@@ -198,7 +192,7 @@ def test_nanogpt_folders_train_as_they_are(tmp_path):
         np.random.default_rng(0).integers(50257, size=500).astype(np.uint16).tofile(
             tmp_path / f"{part}.bin")
     code, _, err = run("train.py", "--data", tmp_path, "--out_dir", tmp_path / "out",
-                       "--max_steps", 2, *SHAPE, "--eval_batches", 1)
+                       "--max_steps", 2, *SHAPE)
     assert code == 0, err
     assert load_data(tmp_path)[2]["vocab_size"] == 50304
     code, _, err = run("sample.py", "--ckpt", tmp_path / "out" / "ckpt.pt")
@@ -223,7 +217,6 @@ def test_damaged_checkpoints_are_a_sentence_and_run_no_code(checkpoint, tmp_path
     (["--window", "many"], 2, "invalid int_or_none value|invalid int value"),
     (["--window", 0], 1, "window is 0, and must be from 1"),
     (["--n_head", 3, "--n_embd", 16], 1, "n_embd / n_head is 5, and must be even"),
-    (["--batch_size", 3, "--grad_accum_steps", 2], 1, "batch_size 3 must be a multiple of"),
     (["--block_size", 100_000], 1, "block_size 100000 needs one more"),
     (["--data", "nowhere"], 1, "nowhere"),
     (["--device", "warp"], 1, "warp"),
