@@ -66,7 +66,8 @@ def rope_frequencies(config, device):
         high = scaling["high_freq_factor"]
         n_turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         keep = ((n_turns - low) / (high - low)).clamp(0, 1)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+        slow = frequencies / scaling["factor"]
+        frequencies = keep * frequencies + (1 - keep) * slow
     return frequencies
 
 

@@ -61,11 +61,13 @@ def write(model, tokenizer, cache, prompt, args):
     bar = tqdm(total=args.max_new_tokens, unit="token", unit_scale=True, mininterval=0.5,
                disable=sys.stdout.isatty())
     is_stopped = False
+    n_written = 0
     try:
         for token in tokens:
             if token.item() in tokenizer.eos_ids and not args.stream:
                 break
             print(decoder.step(token.tolist()), end="", flush=True)
+            n_written += 1
             if bar.update():
                 bar.set_postfix_str(cache_status(cache), refresh=False)
     except KeyboardInterrupt:
@@ -73,7 +75,6 @@ def write(model, tokenizer, cache, prompt, args):
     bar.close()
     seconds = time.perf_counter() - start
     print(decoder.end(), flush=True)
-    n_written = cache.n_tokens - len(prompt)
     print(f"{n_written:,} tokens in {seconds:.1f} s, {n_written / seconds:,.0f} tokens/s; "
           f"{cache_status(cache)}", file=sys.stderr)
     return is_stopped
@@ -131,7 +132,9 @@ def run(args, attention):
     check_device(args.device)
     model, tokenizer = load(args.ckpt)
     if args.separators is not None:
-        attention["separators"] = tokenizer.separators(args.separators)
+        separators = tokenizer.separators(args.separators)
+        # a tokenizer may know more tokens than the model
+        attention["separators"] = [s for s in separators if s < model.config.vocab_size]
     model.configure(**attention)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model.to(args.device, dtype).eval()

@@ -21,7 +21,7 @@ for step in ${@:-tests table train long}; do
             for attn in full sep; do
                 timeout 280 "$python" train.py --attn $attn --block_size 16384 --window 256 \
                     --max_seps 1024 --n_layer 12 --n_head 12 --n_embd 768 --batch_size 2 \
-                    --max_steps 60 --eval_every 60 --eval_batches 2 --out_dir "$out/long-$attn"
+                    --max_steps 60 --eval_every 60 --out_dir "$out/long-$attn"
             done ;;
         *) echo "there is no step $step: tests, table, train, long" ;;
     esac 2>&1 | tee "$out/$step.log"

@@ -49,23 +49,23 @@ def dense_attention(q, k, v, mask):
     return scores.softmax(-1) @ v
 
 
-def random_case(dtype, head_sizes=(16, 32, 64, 128), longest=280):
+def random_case(dtype, head_sizes=(16, 32, 64, 128), longest=250):
     """q, k, v and the output's gradient; the layout and mask of the same texts; a config."""
     pick = random.choice
     config = SepConfig(
         attn=pick(["sep", "sep", "fixed", "streamingllm"]),
-        window=pick([1, 2, 9, 33, 130, 10 ** 9]),
+        window=pick([1, 2, 9, 33, 10 ** 9]),
         sinks=pick([0, 1, 4, 20]),
-        max_seps=pick([None, 0, 3, 20, 90, 10 ** 9]),
-        block_size=pick([8, 64, 300]),
+        max_seps=pick([None, 0, 3, 16, 64, 64, 64]),
+        block_size=pick([8, 64, 300, 300]),
         fixed_every=pick([1, 3, 10]),
         separators=(1,))
     B = pick([1, 2])
     H = pick([1, 2])
     D = pick(head_sizes)
-    T = random.randint(1, pick([1, 15, 70, longest]))
-    many = torch.rand(B, 1, device=DEVICE)  # some texts have many separators, some have few
-    ids = (torch.rand(B, T, device=DEVICE) < many).long()
+    T = pick([1, random.randint(2, 15), random.randint(16, 70), longest, longest, longest])
+    share = torch.tensor([[pick([0, 0.1, 0.7, 0.9])] for _ in range(B)])  # of separators
+    ids = (torch.rand(B, T) < share).long().to(DEVICE)
     # not contiguous, as a model has them
     tensors = torch.randn(4, B, T, H, D, device=DEVICE, dtype=dtype)
     tensors = list(tensors.transpose(2, 3))
@@ -86,8 +86,8 @@ def error(results, exact):
 
 
 @pytest.mark.parametrize("dtype, cases", [
-    (torch.float32, 8),
-    (torch.bfloat16, 20),
+    (torch.float32, 6),
+    (torch.bfloat16, 24),
     (torch.float16, 8),
 ])
 def test_output_and_gradients_equal_float64(seed, dtype, cases):

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from conftest import run
 
 INSTALL = "pip install -r requirements-pretrained.txt"
 safetensors_torch = pytest.importorskip("safetensors.torch", reason=INSTALL)
@@ -67,7 +68,9 @@ def save_config(folder, changes=()):
 
 def save(folder, changes=(), dtype=torch.float32):
     """Write random weights of BASE, and its config.json with changes; returns the weights."""
-    shapes = {"lm_head": (290, 32), "model.embed_tokens": (290, 32), "model.norm": (32,)}
+    vocab_size = (BASE | dict(changes))["vocab_size"]
+    shapes = {"lm_head": (vocab_size, 32), "model.norm": (32,)}
+    shapes["model.embed_tokens"] = shapes["lm_head"]
     for i in range(2):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in LAYER.items()}
     weights = {f"{name}.weight": torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
@@ -297,3 +300,21 @@ def test_separators_are_tokens_of_separator_characters_that_the_model_has(seed, 
     stop, comma = vocabulary["."], vocabulary[","]
     assert stop in tokenizer.separators(".") and comma not in tokenizer.separators(".")
     assert GPT.from_pretrained(folder, separators=(5, stop)).config.separators == (5, stop)
+
+
+def test_a_folder_samples_scores_and_goes_on_training_on_its_tokens(seed, folder, tmp_path):
+    save(folder, {"vocab_size": 301})  # all that the tokenizer has
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 20)
+    data, out_dir = tmp_path / "data", tmp_path / "out"
+    for script, *options in (
+            ("data/prepare.py", "--text", text, "--tokenizer", folder, "--out", data),
+            ("train.py", "--init_from", folder, "--attn", "sep", "--window", 8, "--data", data,
+             "--block_size", 32, "--batch_size", 2, "--max_steps", 2, "--out_dir", out_dir),
+            ("sample.py", "--ckpt", out_dir / "ckpt.pt", "--prompt", TEXT, "--max_new_tokens", 5),
+            ("sample.py", "--ckpt", folder, "--score", text, "--separators", ".")):
+        code, out, err = run(script, *options)
+        assert code == 0, err
+        if "--prompt" in options:
+            assert out.startswith(TEXT.replace("\r\n", "\n"))  # as Python reads it here
+    assert "bits per byte" in out

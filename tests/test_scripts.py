@@ -148,11 +148,11 @@ def test_a_full_disk_costs_nothing_that_was_trained(data, tmp_path):
               f"--max_steps 10000 --eval_every 2"
     process = subprocess.Popen(command, shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     line = next(line for line in process.stderr if "could not be written" in line)
-    deadline = time.time() + 60
-    while process.poll() is None and time.time() < deadline:  # the first stops, the next gives up
-        process.send_signal(signal.SIGINT)
-        time.sleep(1)
-    assert process.poll() == 1
+    process.send_signal(signal.SIGINT)  # stops the training
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)  # gives up
+    process.communicate(timeout=60)
+    assert process.returncode == 1
     assert "and is as it was" in line
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
@@ -253,8 +253,8 @@ def test_samples_are_repeatable_and_any_attention_can_be_asked_for(checkpoint):
     assert run("sample.py", *options, "--num_samples", 2)[1] == first
     assert run("sample.py", *options, "--num_samples", 2, "--seed", 1)[1] != first
     code, _, err = run("sample.py", *options, "--attn", "sep", "--window", 4, "--sinks", 1,
-                       "--separators", "e", "--max_seps", 3)
-    assert code == 0 and "8 of 35 keys" in err
+                       "--separators", "It s", "--max_seps", 3)
+    assert code == 0 and "8 of 34 keys" in err
 
 
 def test_a_text_is_scored_by_the_dense_forward_from_files_and_pipes(checkpoint, tmp_path):
