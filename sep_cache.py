@@ -31,7 +31,6 @@ best read after the model. `python sep_cache.py "Some text. And more!"` draws th
 """
 import argparse
 import dataclasses
-import functools
 import sys
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -113,14 +112,19 @@ class SepConfig:
 # ---- who sees whom
 
 
+_separator_tables = {}
+
+
 @torch.compiler.assume_constant_result
-@functools.cache
 def separator_table(separators, device):
     """Whether each id is a separator, (n,) bool; the last entry, False, serves all larger ids."""
-    with torch.inference_mode(False):  # training could not use a tensor of inference mode
-        table = torch.zeros(max(separators, default=-1) + 2, dtype=torch.bool)
-        table[list(separators)] = True
-        return table.to(device)  # once: the CPU waits for a copy to a GPU
+    key = separators, device
+    if key not in _separator_tables:  # once: the CPU waits for a copy to a GPU
+        with torch.inference_mode(False):  # training could not use a tensor of inference mode
+            table = torch.zeros(max(separators, default=-1) + 2, dtype=torch.bool)
+            table[list(separators)] = True
+            _separator_tables[key] = table.to(device)
+    return _separator_tables[key]
 
 
 def is_kept(ids, positions, config):
