@@ -110,7 +110,8 @@ def _keys_of_blocks(layout, window, sinks):
     device = far.device
     sequence = torch.arange(B, device=device)[:, None, None]
     n_blocks = -(-T // BLOCK)
-    query = torch.arange(n_blocks * BLOCK, device=device).view(n_blocks, BLOCK)
+    query = torch.arange(n_blocks * BLOCK, dtype=torch.int32, device=device)
+    query = query.view(n_blocks, BLOCK)
     first_query = query[:, :1]  # (N, 1)
     query = query.clamp(max=T - 1)  # those past the end repeat the last
 
@@ -127,7 +128,8 @@ def _keys_of_blocks(layout, window, sinks):
 
     # the rows of the windows of all queries of a block
     width = min(window + BLOCK - 1, T + BLOCK)
-    near_row = first_query + BLOCK - width + torch.arange(width, device=device)
+    offset = torch.arange(width, dtype=torch.int32, device=device)
+    near_row = first_query + BLOCK - width + offset
     near_row = near_row.where(near_row >= 0, T)  # (N, width)
 
     row = torch.cat([far_row, near_row.expand(B, -1, -1)], dim=-1)  # (B, N, M)

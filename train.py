@@ -15,7 +15,6 @@ saved state. Read after `model.py`.
 """
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -125,7 +124,7 @@ def train(cfg, model, data, resumed=None):
             numbers["val_loss"] = evaluate()
             log(step=step, val_loss=numbers["val_loss"])
         require(all(map(math.isfinite, numbers.values())),
-                f"the loss is not finite at step {step}; {cfg.out_dir}/ckpt.pt is from before that: "
+                f"the loss is not finite at step {step}; {cfg.out_dir}/ckpt.pt is from before: "
                 f"start from it with --init_from and a lower --learning_rate")
         if rank == 0 and (is_eval_step or is_last):
             info = dict(model_config=asdict(model.config), train_config=asdict(cfg), data=meta)
@@ -163,8 +162,8 @@ def train(cfg, model, data, resumed=None):
         print(f"stopped at step {step}; go on with: python train.py --resume --out_dir {out_dir}",
               file=sys.stderr)
         return 1
-    print(f"validation loss {numbers['val_loss']:.4f} nats per token after {step} steps; sample from "
-          f"it with:\n  python sample.py --ckpt {out_dir}/ckpt.pt --stream", file=sys.stderr)
+    print(f"validation loss {numbers['val_loss']:.4f} nats per token after {step} steps; sample "
+          f"from it with:\n  python sample.py --ckpt {out_dir}/ckpt.pt --stream", file=sys.stderr)
     return 0
 
 

@@ -136,7 +136,7 @@ def main():
     parser.add_argument("--text", type=Path,
                         help="a file or folder of yours (default: the documentation, as data/docs)")
     parser.add_argument("--tokenizer", type=Path,
-                        help="the folder of a pretrained model, whose tokens are used instead of bytes")
+                        help="folder of a pretrained model, whose tokens replace bytes")
     parser.add_argument("--out", type=Path,
                         help="the folder to write (default: data/<name of the text>)")
     args = parser.parse_args()

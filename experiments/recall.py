@@ -26,8 +26,8 @@ from train import load_checkpoint  # noqa: E402
 N_FACTS = 21  # of 3 bytes in a ledger; with its line break it has 64 bytes
 KEYS = "abcdefgh"
 VALUES = "0123456789"
-OPTIONS = ("--n_layer 3 --n_head 4 --n_embd 64 --block_size 64 --window 4 --sinks 1 --fixed_every 3 "
-           "--max_seps None --batch_size 64 --max_steps 2000 --learning_rate 2e-3").split()
+OPTIONS = ("--n_layer 3 --n_head 4 --n_embd 64 --block_size 64 --window 4 --sinks 1 "
+           "--fixed_every 3 --max_seps None --batch_size 64 --max_steps 2000 --learning_rate 2e-3").split()
 DISTANCES = ["1-3", "4-6", "7-10", "11-20"]  # facts back to the latest mention of the key
 
 
@@ -77,8 +77,10 @@ def draw(results, path):
     figure, axes = plt.subplots(figsize=(6.4, 3.4))
     for attn, runs in results.items():
         values = torch.tensor([[100 * run[name] for name in DISTANCES] for run in runs])
-        line, = axes.plot(DISTANCES, values.mean(0), marker="o", label=f"{attn} ({len(runs)} seeds)")
-        axes.fill_between(DISTANCES, values.amin(0), values.amax(0), alpha=0.2, color=line.get_color())
+        label = f"{attn} ({len(runs)} seeds)"
+        line, = axes.plot(DISTANCES, values.mean(0), marker="o", label=label)
+        color = line.get_color()
+        axes.fill_between(DISTANCES, values.amin(0), values.amax(0), alpha=0.2, color=color)
     axes.axhline(10, color="grey", linestyle=":", label="guessing")
     axes.set(xlabel="facts back to the latest mention", ylabel="values recalled, %", ylim=(0, 103),
              title="Only with separators is a value recalled from beyond the window")
@@ -100,9 +102,9 @@ def main():
                 continue
             out_dir = args.out / f"{attn}-{seed}"
             if not out_dir.exists():
-                subprocess.run([sys.executable, ROOT / "train.py", *OPTIONS, "--attn", attn, "--seed",
-                                str(seed), "--data", args.out / "data", "--out_dir", out_dir],
-                               check=True)
+                options = [*OPTIONS, "--attn", attn, "--seed", str(seed),
+                           "--data", args.out / "data", "--out_dir", out_dir]
+                subprocess.run([sys.executable, ROOT / "train.py", *options], check=True)
             model, state = load_checkpoint(out_dir / "ckpt.pt")
             if state["step"] == state["info"]["train_config"]["max_steps"]:
                 results.setdefault(attn, []).append(accuracy(model.eval()))

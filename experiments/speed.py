@@ -1,4 +1,4 @@
-"""The speed without a GPU: attention, decoding by the length of the context, and a pretrained model.
+"""The speed without a GPU: attention, decoding by length of context, and a pretrained model.
 
     python experiments/speed.py                      needs `pip install transformers`
     python experiments/speed.py --model FOLDER       also reads and writes with a pretrained model
@@ -58,7 +58,7 @@ def attention():
 
 
 def decoding():
-    """300 tokens of a GPT of the quick start's shape, and of a Llama of this size in transformers."""
+    """300 tokens of a GPT of the quick start's shape, and of a Llama of its size in transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
     shape = dict(n_layer=4, n_embd=128, block_size=256, window=32, max_seps=16)
     models = {attn: GPT(GPTConfig(attn=attn, **shape)).eval() for attn in ("sep", "full")}
@@ -90,7 +90,7 @@ def decoding():
 
 
 def pretrained(folder):
-    """Reading 1,800 tokens and writing 60, with 256 separators and with all, and in transformers."""
+    """Reading 1,800 tokens and writing 60: 256 separators, all, and in transformers."""
     from transformers import AutoModelForCausalLM
     llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = GPT.from_pretrained(folder)

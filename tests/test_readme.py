@@ -1,4 +1,4 @@
-"""What the README says is so: its options, its files, and its ten lines for a model of one's own."""
+"""What the README says is so: options, files, and the lines for a model of one's own."""
 import re
 
 import torch
