@@ -14,8 +14,8 @@ def test_the_readme_names_options_and_files_that_exist():
             if re.match(rf"(\$ )?(python|torchrun .*) {script}", line):
                 for option in re.findall(r" (--[a-z_]+)", line.partition(script)[2]):
                     assert option in known, line
-    for name in re.findall(r"[a-z_/]+\.(?:py|md|sh|svg|txt)\b", README):
-        assert (ROOT / name).exists() or name == "input.txt", name
+    for name in re.findall(r"[A-Za-z_/-]+\.(?:py|md|sh|svg|txt)\b", README):
+        assert (ROOT / name).exists(), name
 
 
 def test_the_lines_for_a_model_of_ones_own_run():
