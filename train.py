@@ -115,7 +115,7 @@ def train(cfg, model, data, resumed=None):
         signal.signal(number, lambda number, frame: signals.append(number))
     numbers = {}  # shown at the bar
     is_saved = True
-    bar = tqdm(total=cfg.max_steps, initial=step, desc="training", unit="step", disable=rank > 0)
+    bar = tqdm(None, "training", cfg.max_steps, initial=step, disable=rank > 0)
     while True:
         # every process stops if one has heard a signal
         is_last = step >= cfg.max_steps or mean_over_processes(len(signals), device) > 0
@@ -155,7 +155,7 @@ def train(cfg, model, data, resumed=None):
         numbers["tokens_per_s"] = round(n_tokens / (time.perf_counter() - start))
         bar.set_postfix({name: f"{number:,.5g}" for name, number in numbers.items()}, refresh=False)
         bar.update()
-        log(step=step, lr=lr, loss=numbers["loss"], tokens_per_s=numbers["tokens_per_s"])
+        log(step=step, lr=lr, **numbers)
     bar.close()
     out_dir = shlex.quote(cfg.out_dir)
     if step < cfg.max_steps or not is_saved:
@@ -257,17 +257,20 @@ def start(options):
         out_dir = options.get("out_dir", TrainConfig.out_dir)
         model, state = load_checkpoint(Path(out_dir, "ckpt.pt"))
         # the folder may have been moved
-        settings = state["info"]["train_config"] | dict(out_dir=out_dir) | options
+        settings = state["info"]["train_config"] | {"out_dir": out_dir} | options
     elif init_from:
         settled = settled - attention.keys()
         model = load_model(init_from)
     require(model is None or not settled,
             f"the model that the training starts from has settled {', '.join(settled)}")
     cfg = TrainConfig(**fields_of(TrainConfig, settings))
+    require(min(cfg.batch_size, cfg.eval_every) > 0,
+            "batch_size and eval_every must be at least 1")
     check_device(cfg.device)
 
-    docs = Path(__file__).parent / "data" / "docs"
-    if cfg.data == "docs" and not docs.exists() and int(os.environ.get("RANK", 0)) == 0:
+    docs = find_data("docs")
+    is_missing = cfg.data == "docs" and not (docs / "train.bin").exists()
+    if is_missing and int(os.environ.get("RANK", 0)) == 0:
         prepare(docs, read_docs())
     if dist.is_initialized():
         dist.barrier()
