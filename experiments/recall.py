@@ -27,7 +27,8 @@ N_FACTS = 21  # of 3 bytes in a ledger; with its line break it has 64 bytes
 KEYS = "abcdefgh"
 VALUES = "0123456789"
 OPTIONS = ("--n_layer 3 --n_head 4 --n_embd 64 --block_size 64 --window 4 --sinks 1 "
-           "--fixed_every 3 --max_seps None --batch_size 64 --max_steps 2000 --learning_rate 2e-3").split()
+           "--fixed_every 3 --max_seps None --batch_size 64 --max_steps 2000 "
+           "--learning_rate 2e-3").split()
 DISTANCES = ["1-3", "4-6", "7-10", "11-20"]  # facts back to the latest mention of the key
 
 
@@ -110,7 +111,9 @@ def main():
                 results.setdefault(attn, []).append(accuracy(model.eval()))
                 print(attn, seed, {name: f"{x:.1%}" for name, x in results[attn][-1].items()},
                       flush=True)
-    draw(results, ROOT / "experiments" / "figures" / "recall.svg")
+    figures = ROOT / "experiments" / "figures"
+    figures.mkdir(exist_ok=True)
+    draw(results, figures / "recall.svg")
 
 
 if __name__ == "__main__":
