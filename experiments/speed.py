@@ -58,7 +58,7 @@ def attention():
 
 
 def decoding():
-    """300 tokens of a GPT of the quick start's shape, and of a Llama of its size in transformers."""
+    """300 tokens of a GPT of the quick start's shape, and of such a Llama in transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
     shape = dict(n_layer=4, n_embd=128, block_size=256, window=32, max_seps=16)
     models = {attn: GPT(GPTConfig(attn=attn, **shape)).eval() for attn in ("sep", "full")}
