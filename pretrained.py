@@ -80,7 +80,7 @@ def read_config(path):
     family = config["model_type"]
     try:
         shape = {field: config[key] for field, key in SHAPE.items()}
-        # as in transformers, the first layers may have full attention
+        # the first max_window_layers layers have full attention, if all do, nothing slides
         slides = config.get("use_sliding_window", family == "mistral")
         if slides and config.get("max_window_layers", 0) < shape["n_layer"]:
             window = config.get("sliding_window", 4096)
@@ -255,14 +255,14 @@ class Decoder:
         for token_id in ids:
             if token_id in self.added:
                 # the tokenizer would read letters as GPT-2's spelling of bytes
-                text += self.end() + self.added[token_id]
+                text += self.flush() + self.added[token_id]
                 continue
             self.waiting.append(token_id)
             if self.decode(self.waiting)[-1:] not in ("", "\ufffd"):
-                text += self.end()
+                text += self.flush()
         return text
 
-    def end(self):
+    def flush(self):
         """The text of what still waits, with U+FFFD for incomplete characters."""
         n_before = len(self.decode(self.before))
         text = self.decode(self.before + self.waiting)[n_before:]

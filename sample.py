@@ -74,7 +74,7 @@ def write(model, tokenizer, cache, prompt, args):
         is_stopped = True
     bar.close()
     seconds = time.perf_counter() - start
-    print(decoder.end(), flush=True)
+    print(decoder.flush(), flush=True)
     print(f"{n_written:,} tokens in {seconds:.1f} s, {n_written / seconds:,.0f} tokens/s; "
           f"{cache_status(cache)}", file=sys.stderr)
     return is_stopped

@@ -89,7 +89,8 @@ class SepConfig:
     separators: tuple = tuple(b".,?!;:\n")  # token ids; they belong to the data
     max_seps: int | None = option(None, "how many separators beyond the window are visible, the "
                                         "latest; None: all within block_size")
-    fixed_every: int = option(16, "with attn=fixed, the positions divisible by this stay visible")
+    fixed_every: int = option(16, "with attn=fixed, the positions divisible by this are treated as "
+                                  "separators are with attn=sep")
     block_size: int = option(256, "length of a training text in tokens; no key but a sink is used "
                                   "at this distance or more, unless the window is longer")
 
@@ -126,12 +127,16 @@ def separator_table(separators, device):
     return _separator_tables[key]
 
 
-# as torch.compiler.assume_constant_result does, which would load the compiler: 1.5 seconds
+# torch.compile takes its result as a constant. The public way to say so, the decorator
+# torch.compiler.assume_constant_result, would load the compiler: 1.5 seconds.
 separator_table._dynamo_marked_constant = True
 
 
 def is_kept(ids, positions, config):
-    """Which tokens stay visible beyond the window: ids (B, T), positions (T,) -> bool (B, T)."""
+    """Which tokens stay visible beyond the window: ids (B, T), positions (T,) -> bool (B, T).
+
+    They are the sinks and, by whatever rule, the *separators*: all others that are kept.
+    """
     kept = (positions < config.sinks).expand(ids.shape)
     if config.attn == "fixed":
         kept = kept | (positions % config.fixed_every == 0)
@@ -144,12 +149,13 @@ def is_kept(ids, positions, config):
 def key_reach(kept, positions, config):
     """How many queries see each key, its own the first: kept, positions (B, M) -> (B, M) int64.
 
-    With p_0 < p_1 < ... the positions of the kept tokens that are no sinks:
+    With p_0 < p_1 < ... the positions of the separators:
 
         reach[p_e] = min(block_size, p_(e + max_seps) + window - p_e), at least window
 
-    The rows are a whole text, or what a cache still holds of one: a hidden row changes nothing.
-    positions ascend; rows that hold no token are not kept, and may have any position.
+    A separator at p shortens older reaches for the queries from p + window on, and for no earlier
+    one. So the rows may be a whole text, or what a cache holds of one: neither hidden rows nor
+    those still to come change anything. positions ascend; rows that hold no token are not kept.
     """
     if config.attn == "full":
         return torch.full_like(positions, FOREVER)
@@ -157,12 +163,12 @@ def key_reach(kept, positions, config):
     is_separator = kept & ~is_sink
     reach = torch.full_like(positions, config.block_size)
     if config.max_seps is not None:
-        # the row of the separator that is max_seps later: the first to make the count so much more
+        # the row of the separator that is max_seps later: the first with a count so much larger
         n_separators = is_separator.cumsum(1)
         row = torch.searchsorted(n_separators, n_separators + config.max_seps)
         later_position = F.pad(positions, (0, 1), value=FOREVER).gather(1, row)
         reach = torch.minimum(reach, later_position + config.window - positions)
-    reach = reach.where(is_separator, 0).clamp(min=config.window)
+    reach = reach.where(is_separator, config.window).clamp(min=config.window)
     return reach.masked_fill(is_sink, FOREVER)
 
 
@@ -195,18 +201,19 @@ def far_layout(ids, config):
     if config.attn == "full":
         return None
     B, T = ids.shape
-    query = torch.arange(T, device=ids.device).expand(B, T).contiguous()
-    kept = is_kept(ids, query[0], config)
-    reach = key_reach(kept, query, config)
-    far = torch.where(kept, query, 2 * T - query).argsort(dim=1)
+    # the number of a row, of an entry of far, or of a query
+    index = torch.arange(T, device=ids.device).expand(B, T).contiguous()
+    kept = is_kept(ids, index[0], config)
+    reach = key_reach(kept, index, config)
+    far = torch.where(kept, index, 2 * T - index).argsort(dim=1)
 
     # stop: the kept tokens at positions <= t - window
     n_kept = kept.cumsum(1)
     stop = F.pad(n_kept, (min(config.window, T), 0))[:, :T]
-    # start: the sinks, and the separators whose reach is over. Both ends and queries ascend.
-    end = torch.where(query < config.sinks, 0, query + reach)
-    end = end.gather(1, far).where(query < n_kept[:, -1:], FOREVER)
-    start = torch.searchsorted(end, query, right=True)
+    # start: the sinks, which have a range of their own, and the separators whose reach is over
+    end = torch.where(index < config.sinks, 0, index + reach)  # the first query that sees no more
+    end = end.gather(1, far).where(index < n_kept[:, -1:], FOREVER)  # ascends
+    start = torch.searchsorted(end, index, right=True)
     start = torch.minimum(start, stop)
     return SepLayout(far.int(), start.int(), stop.int(), reach.clamp(max=T).int())
 
@@ -235,17 +242,18 @@ class SepCache:
     full, such rows are dropped, and the others move together. Softmax does not depend on the order
     of keys, so attention is dense over all rows, with a mask.
 
-    **The promise**: however a text is split into chunks, the logits are the same, and up to
-    block_size those of one forward over the whole text. Each sequence of a batch has its own
-    separators; rows that a shorter one does not need stay empty.
+    **The promise**: however a text is split into chunks, the logits are the same up to rounding,
+    and up to block_size those of one forward over the whole text. Each sequence of a batch has its
+    own separators; rows that a shorter one does not need stay empty.
 
     Costs for a text of T tokens, with w = window, and c = the most other tokens that are visible at
-    once, sinks + min(max_seps, block_size - window):
+    once, sinks + max_seps or, where that is less, sinks + block_size - window:
 
         |                   | full     | sep, streamingllm, fixed |
-        | training, prefill | T^2 / 2  | T (w + c) at most        | query-key pairs
-        | decoding          | T        | w + c at most            | query-key pairs per token
-        | cache             | T        | w + c + 16 at most       | rows
+        | training, prefill | T^2 / 2  | T (w + c) at most        | visible pairs of query and key
+        | decoding          | T        | w + c at most            | visible keys of a token
+        | cache             | T        | w + c + 16 at most       | rows; in chunks of more than
+                                                                    16 tokens, of a chunk more
     """
 
     def __init__(self, config, batch_size=1, device=None, dtype=None):
@@ -295,7 +303,7 @@ class SepCache:
 
         Returns their positions (T,) and the mask (B, 1, T, M) of their queries over the M rows that
         `update` returns: 0 where a query sees a row, else -inf. Memory is T x M: give long texts in
-        chunks of about 1,000 tokens. ValueError if B is not the cache's batch size.
+        chunks, say of 512 tokens. ValueError if B is not the cache's batch size.
         """
         B, T = ids.shape
         batch_size = len(self.row_position)
@@ -341,10 +349,10 @@ class SepCache:
         self.n_rows = int(self.row_visible.sum(1).max()) if self.n_rows > 0 else 0
         order = self.row_visible.byte().argsort(dim=1, descending=True, stable=True)
         order = order[:, :self.n_rows]  # (B, n_rows)
-        self.row_visible = self.row_visible.gather(1, order)
-        # beyond the reach of every key but a sink, and no sink's position
-        self.row_position = self.row_position.gather(1, order).where(self.row_visible, -FOREVER)
-        self.row_kept = self.row_kept.gather(1, order) & self.row_visible
+        holds_token = self.row_visible.gather(1, order)
+        # an empty row is not kept, and further back than any reach
+        self.row_kept = self.row_kept.gather(1, order) & holds_token
+        self.row_position = self.row_position.gather(1, order).where(holds_token, -FOREVER)
         kept_kv = torch.take_along_dim(self.kv, order[None, None, :, None, :, None], dim=4)
         self.kv = F.pad(kept_kv, (0, 0, 0, max(n_new, SPARE_ROWS)))
 

@@ -7,16 +7,12 @@ gradient is flash attention's loop over queries.
 
 Read `sep_attention` and the PyTorch form after the far list in `sep_cache.py`; the Triton form when
 you know flash attention (arXiv 2205.14135), best beside Triton's fused-attention tutorial.
-`python sep_kernel.py` runs the kernel's tests.
 """
 from __future__ import annotations  # without triton there is no `tl` to annotate with
 
 import math
 import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +27,7 @@ except ImportError:  # on a Mac, say: plain PyTorch serves
     triton = None
 
 
-def sep_attention(q, k, v, layout, window, sinks=0, impl="auto"):
+def sep_attention(q, k, v, layout, window, sinks, impl="auto"):
     """Softmax attention of each query over its sinks, its far tokens and its window.
 
     SepLLM (arXiv 2412.12094, section 3), computed as flash attention (arXiv 2205.14135).
@@ -115,8 +111,8 @@ def _keys_of_blocks(layout, window, sinks):
     first_query = query[:, :1]  # (N, 1)
     query = query.clamp(max=T - 1)  # those past the end repeat the last
 
-    # what the first query of a block sees of the far list. The others see nothing more of it that
-    # is not in their windows, or that was not in the window of the first.
+    # what the first query of a block sees of the far list. What later queries see of it in
+    # addition was still in the window of the first, so it is among the rows of the windows below.
     start = start[:, first_query]  # (B, N, 1)
     stop = stop[:, first_query]
     n_sinks = min(sinks, T)
@@ -158,9 +154,9 @@ def _keys_of_blocks(layout, window, sinks):
 # delta is what the softmax's normalisation takes back: rowsum(p * dp) = do . (p v) = do . out.
 #
 # Tensors are contiguous, and the grid is (H, blocks, B). Indices are clamped where other kernels
-# mask loads and stores: a load past the end repeats the last row, and a store past the end stores
-# what the last row stores. In FAR, START, STOP and REACH, a text's numbers begin at `text`; in the
-# other tensors, a head's rows begin at `head`.
+# mask loads and stores: a load past the end repeats a row of the block, and a store past the end
+# stores what that row stores. In FAR, START, STOP and REACH, a text's numbers begin at `text`; in
+# the other tensors, a head's rows begin at `head`.
 
 if triton is None:
     def jit(function):
@@ -212,15 +208,16 @@ def _over_keys(step: tl.constexpr, state, given, K, V, FAR, START, STOP, REACH,
                t, text, head, window, sinks, T, D: tl.constexpr, TILE: tl.constexpr):
     """state = step(state, given, k, v, visible) for all keys of the queries t (BLOCK,).
 
-    First the entries of far that have left the window of the first query, from `stop` to the left.
-    All queries see those between the largest `start` and `stop`, so as many whole tiles of them as
-    there are need no mask:
+    The first two loops are over what has left the window of the first query: its sinks, and the
+    entries of far up to its `stop`. All queries see those between the largest `start` and `stop`,
+    so whole tiles of them, which end at `stop`, need no mask. They are the first loop:
 
-        smallest start       largest start       full                                   stop
+        smallest start       largest start     masked_stop                              stop
         [ some queries see these | all see these [ tiles that need no mask                 )
 
-    Those left of `full` and the sinks make the second loop. The third is over the rows of the
-    windows; among them is each entry of far that leaves the window of a later query.
+    The second loop takes those left of them, and the sinks; no `start` is below those. The third
+    is over the rows of the windows. What only a later query sees as far is still among them, and
+    its reach says so.
     """
     K += head * D
     V += head * D
@@ -232,16 +229,17 @@ def _over_keys(step: tl.constexpr, state, given, K, V, FAR, START, STOP, REACH,
     start = tl.load(START + text + t)
     start = tl.minimum(start, stop)
     n_full = (stop - tl.max(start, 0)) // TILE
-    full = stop - n_full * TILE
+    masked_stop = stop - n_full * TILE
     # a gathered loop needs two stages more, since it loads the numbers of its rows first
-    for entry0 in tl.range(full, stop, TILE, num_stages=STAGES + 2):
+    for entry0 in tl.range(masked_stop, stop, TILE, num_stages=STAGES + 2):
         row = tl.load(FAR + entry0 + tile)
         state = step(state, given, _load(K, row, D), _load(V, row, D), None)
 
-    end = full + tl.minimum(sinks, stop)  # the sinks count as entries from `full` on
+    # the sinks, the first entries of far, count as those from masked_stop on
+    end = masked_stop + tl.minimum(sinks, stop)
     for entry0 in tl.range(tl.min(start, 0), end, TILE, num_stages=STAGES + 2):
         entry = entry0 + tile
-        to_load = tl.where(entry < full, entry, entry - full)
+        to_load = tl.where(entry < masked_stop, entry, entry - masked_stop)
         row = tl.load(FAR + tl.minimum(to_load, T - 1))
         visible = (entry >= start[:, None]) & (entry < end)
         state = step(state, given, _load(K, row, D), _load(V, row, D), visible)
@@ -279,7 +277,7 @@ def _forward(Q, K, V, FAR, START, STOP, REACH, OUT, LSE, window, sinks,
     t = T - 1 - i  # the last queries, which see the most keys, start first
     q = _load(Q + head * D, t, D)
     acc = tl.zeros([BLOCK, D], tl.float32)
-    m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf: m_i - m_new of a row without keys is 0
+    m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf: before the first key, m_i - m_new is 0
     l_i = tl.zeros([BLOCK], tl.float32)
     acc, m_i, l_i = _over_keys(
         _softmax_step, (acc, m_i, l_i), q,
@@ -330,8 +328,9 @@ def _backward_dkdv(Q, K, V, FAR, REACH, LSE, DO, DELTA, DK, DV,
                    T, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """dk and dv of BLOCK keys of one head.
 
-    Keys come in the order of far, so that those of a block are near each other in the text and
-    reach about as far, and those that reach far start first.
+    Keys come in the order of far, so that most blocks hold keys that are near each other in the
+    text and reach about as far, and those that reach far start first. Each row is in far once, and
+    a key is seen by one unbroken range of queries: so no two programs add to the same gradient.
     """
     scale: tl.constexpr = D ** -0.5 * LOG2E
     text, head, entry = _my_block(T, BLOCK)
@@ -364,7 +363,7 @@ def _backward_dkdv(Q, K, V, FAR, REACH, LSE, DO, DELTA, DK, DV,
 # -- launches
 
 
-def _launch(kernel, q, *args):
+def _launch(program, q, *args):
     """Launch a kernel over blocks of rows of every head. The sizes fit all GPUs."""
     B, H, T, D = q.shape
     block = 64
@@ -373,7 +372,7 @@ def _launch(kernel, q, *args):
         block = tile = 16
     grid = H, triton.cdiv(T, block), B
     with torch.cuda.device_of(q):
-        kernel[grid](q, *args, T, D, block, tile, num_warps=4, enable_fp_fusion=True)
+        program[grid](q, *args, T, D, block, tile, num_warps=4, enable_fp_fusion=True)
 
 
 @library.custom_op("nanosep::attention", mutates_args=())
@@ -423,8 +422,3 @@ def _backward(ctx, do, _):
 
 
 _attention.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-if __name__ == "__main__":
-    tests = Path(__file__).parent / "tests" / "test_kernel.py"
-    sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-q", str(tests)]).returncode)

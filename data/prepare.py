@@ -54,7 +54,7 @@ class ByteDecoder(codecs.getincrementaldecoder("utf-8")):
     def step(self, ids):
         return self.decode(bytes(ids))
 
-    def end(self):
+    def flush(self):
         return self.decode(b"", True)
 
 

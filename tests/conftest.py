@@ -2,10 +2,13 @@
 
 Where there is no GPU, the kernel runs in Triton's interpreter.
 """
+import multiprocessing
 import os
 import random
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # of the processes that tests start
 
 TEXT = ("It is a truth universally acknowledged, that a single man in possession of a good "
         "fortune, must be in want of a wife. However little known the feelings may be; this truth "
@@ -68,7 +72,7 @@ def checkpoint(data, tmp_path_factory):
 
 
 def start(script, *options, **how):
-    """Start a script of the repository, on one thread."""
+    """Start a script of the repository, on one thread, with pipes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **how.pop("env", {})}
     options = [option if isinstance(option, bytes) else str(option) for option in options]
     command = [sys.executable, str(ROOT / script), *options]
@@ -76,9 +80,35 @@ def start(script, *options, **how):
     return subprocess.Popen(command, env=environment, text=True, **pipes | how)
 
 
-def run(script, *options, **how):
-    """Run a script to its end: (exit code, stdout, stderr)."""
-    process = start(script, *options, **how)
-    out, err = process.communicate(timeout=300)
-    assert "Traceback" not in (err or ""), err
-    return process.returncode, out, err
+def run(script, *options, stdin=None):
+    """Run a script to its end: (exit code, stdout, stderr).
+
+    In a fork of a process that has loaded PyTorch, so that not every script takes two seconds to
+    load it; with stdin in a process of its own.
+    """
+    if stdin is not None:
+        process = start(script, *options, stdin=stdin)
+        out, err = process.communicate(timeout=300)
+        code = process.returncode
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder, "out"), Path(folder, "err")
+            process = forks.Process(target=run_in_fork, args=(script, options, *output))
+            process.start()
+            process.join(timeout=300)
+            code = process.exitcode
+            out, err = (path.read_text() for path in output)
+    assert "Traceback" not in err, err
+    return code, out, err
+
+
+def run_in_fork(script, options, *output):
+    for number, path in enumerate(output, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [script, *(os.fsdecode(x) if isinstance(x, bytes) else str(x) for x in options)]
+    torch.set_num_threads(1)
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["conftest", "train", "sample"])

@@ -105,9 +105,9 @@ def test_unknown_impls_and_mixed_dtypes_are_refused():
     layout = far_layout(torch.zeros(1, 8, dtype=torch.int64), SepConfig(window=2))
     x = torch.zeros(1, 1, 8, 16)
     with pytest.raises(ValueError, match="cuda.*must be auto, triton or torch"):
-        sep_attention(x, x, x, layout, 2, impl="cuda")
+        sep_attention(x, x, x, layout, 2, 0, impl="cuda")
     with pytest.raises(ValueError, match="must agree"):
-        sep_attention(x, x.double(), x, layout, 2)
+        sep_attention(x, x.double(), x, layout, 2, 0)
 
 
 @pytest.mark.parametrize("setting", [dict(window=0), dict(window=2 ** 31), dict(sinks=-1),

@@ -255,7 +255,7 @@ def test_streamed_text_is_the_whole_text_in_whole_characters(tmp_path, save_toke
     tokenizer = Tokenizer(tmp_path)
     decoder = tokenizer.decoder()
     steps = [decoder.step([token_id]) for token_id in tokenizer.encode(text.encode())]
-    assert "".join(steps) + decoder.end() == text
+    assert "".join(steps) + decoder.flush() == text
     assert "\ufffd" in text or "\ufffd" not in "".join(steps)
 
 
@@ -264,7 +264,7 @@ def test_any_ids_stream_as_text_without_special_tokens(seed, tmp_path, save_toke
     save_tokenizer(tmp_path)
     for _ in range(50):
         decoder = Tokenizer(tmp_path).decoder()
-        text = decoder.step(random.choices(range(300), k=100)) + decoder.end()
+        text = decoder.step(random.choices(range(300), k=100)) + decoder.flush()
         assert text and "<s>" not in text and "<begin>" not in text
 
 
