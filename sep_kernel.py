@@ -27,7 +27,7 @@ except ImportError:  # on a Mac, say: plain PyTorch serves
     triton = None
 
 
-def sep_attention(q, k, v, layout, window, sinks, impl="auto"):
+def sep_attention(q, k, v, layout, window, sinks=0, impl="auto"):
     """Softmax attention of each query over its sinks, its far tokens and its window.
 
     SepLLM (arXiv 2412.12094, section 3), computed as flash attention (arXiv 2205.14135).

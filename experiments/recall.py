@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
+from plotting import GREY, new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,9 +26,9 @@ from train import load_checkpoint  # noqa: E402
 N_FACTS = 21  # of 3 bytes in a ledger; with its line break it has 64 bytes
 KEYS = "abcdefgh"
 VALUES = "0123456789"
-OPTIONS = ("--n_layer 3 --n_head 4 --n_embd 64 --block_size 64 --window 4 --sinks 1 "
-           "--fixed_every 3 --max_seps None --batch_size 64 --max_steps 2000 "
-           "--learning_rate 2e-3").split()
+OPTIONS = ("--n_layer 3 --n_head 4 --n_embd 128 --block_size 64 --window 4 --sinks 1 "
+           "--fixed_every 3 --max_seps None --batch_size 64 --max_steps 1600 "
+           "--learning_rate 1e-3").split()
 DISTANCES = ["1-3", "4-6", "7-10", "11-20"]  # facts back to the latest mention of the key
 
 
@@ -71,22 +71,20 @@ def accuracy(model):
     return {name: right[name] / total[name] for name in DISTANCES}
 
 
-def draw(results, path):
+def draw(results):
     """One mean per kind of attention, with the range of its seeds."""
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6.4, 3.4))
+    figure, axes = new_figure()
     for attn, runs in results.items():
         values = torch.tensor([[100 * run[name] for name in DISTANCES] for run in runs])
         label = f"{attn} ({len(runs)} seeds)"
         line, = axes.plot(DISTANCES, values.mean(0), marker="o", label=label)
         color = line.get_color()
         axes.fill_between(DISTANCES, values.amin(0), values.amax(0), alpha=0.2, color=color)
-    axes.axhline(10, color="grey", linestyle=":", label="guessing")
+    axes.axhline(10, color=GREY, linestyle=":", label="guessing")
     axes.set(xlabel="facts back to the latest mention", ylabel="values recalled, %", ylim=(0, 103),
-             title="Only with separators is a value recalled from beyond the window")
-    axes.legend()
-    figure.savefig(path, bbox_inches="tight")
+             title="Separators carry values over any distance; a window of three facts does not")
+    axes.legend(framealpha=0)
+    save_figure(figure, "recall")
 
 
 def main():
@@ -111,9 +109,7 @@ def main():
                 results.setdefault(attn, []).append(accuracy(model.eval()))
                 print(attn, seed, {name: f"{x:.1%}" for name, x in results[attn][-1].items()},
                       flush=True)
-    figures = ROOT / "experiments" / "figures"
-    figures.mkdir(exist_ok=True)
-    draw(results, figures / "recall.svg")
+    draw(results)
 
 
 if __name__ == "__main__":
