@@ -80,7 +80,7 @@ def read_config(path):
     family = config["model_type"]
     try:
         shape = {field: config[key] for field, key in SHAPE.items()}
-        # the first max_window_layers layers have full attention, if all do, nothing slides
+        # the first max_window_layers layers have full attention; if all do, nothing slides
         slides = config.get("use_sliding_window", family == "mistral")
         if slides and config.get("max_window_layers", 0) < shape["n_layer"]:
             window = config.get("sliding_window", 4096)

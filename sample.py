@@ -24,14 +24,13 @@ from data.prepare import ByteTokenizer, read_pieces
 from model import CHUNK_SIZE
 from pretrained import Tokenizer
 from sep_cache import SepConfig, add_options, fields_of, make_cache, require
-from train import TrainConfig, check_device, load_model
+from train import TrainConfig, check_device, load_any
 
 
 def load(path):
     """The model and the tokenizer of a checkpoint or of a Hugging Face folder."""
-    path = Path(path)
     folder = path if path.is_dir() else path.parent
-    model = load_model(path)
+    model = load_any(path)
     if (folder / "tokenizer.json").exists():
         return model, Tokenizer(folder)
     require(model.config.vocab_size == 256, f"the model {path} writes token ids; put their "
@@ -87,20 +86,18 @@ def score(model, tokenizer, cache, file, device):
     Perplexity is e to the mean loss; the first token is only read. The share of keys used is keys
     seen / tokens so far, the mean over all tokens, where the last token of a chunk stands for all.
     """
-    n_bytes = n_predicted = 0
-    nats = share = 0.0
+    n_bytes = n_predicted = nats = share = 0
     milestone = 10_000
     next_logits = torch.empty(0, model.config.vocab_size, device=device)  # for the next token
     bar = tqdm(desc="scoring", unit="token", unit_scale=True)
     try:
         for piece in read_pieces(file):
-            n_bytes += len(piece)
             ids = torch.tensor(tokenizer.encode(piece, is_first=cache.n_tokens == 0), device=device)
             for chunk in ids.long().split(CHUNK_SIZE):
                 logits = model(chunk[None], cache=cache)[0][0].float()  # (T, V)
+                targets = chunk if len(next_logits) else chunk[1:]  # none predicts the first of all
                 logits = torch.cat([next_logits, logits])
                 next_logits = logits[-1:]
-                targets = chunk[-len(logits) + 1:]  # the first token of all has no prediction
                 losses = F.cross_entropy(logits[:-1], targets, reduction="none").double()
                 while n_predicted + len(losses) >= milestone:
                     to_milestone = nats + losses[:milestone - n_predicted].sum().item()
@@ -111,12 +108,13 @@ def score(model, tokenizer, cache, file, device):
                 n_predicted += len(losses)
                 n_so_far = torch.arange(cache.n_tokens - len(chunk), cache.n_tokens) + 1
                 share += (cache.n_visible_keys / n_so_far).clamp(max=1).sum().item()
+                n_bytes += len(piece) * len(chunk) / len(ids)
                 bar.update(len(chunk))
                 bar.set_postfix_str(cache_status(cache), refresh=False)
     except KeyboardInterrupt:  # what was read counts
         pass
     bar.close()
-    require(n_predicted > 0, "the text to score is too short: its first token is only read")
+    require(n_predicted, "the text to score is too short: its first token is only read")
     print(f"all {n_predicted:,} tokens: perplexity {perplexity(nats / n_predicted):.4f}, "
           f"{nats / math.log(2) / n_bytes:.4f} bits per byte, "
           f"{share / cache.n_tokens:.2%} of the keys of full attention")
@@ -165,7 +163,7 @@ def run(args, attention):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", default="out/ckpt.pt", metavar="PATH",
+    parser.add_argument("--ckpt", type=Path, default="out/ckpt.pt", metavar="PATH",
                         help="a checkpoint of train.py, or the folder of a pretrained model: "
                              "config.json, *.safetensors, tokenizer.json (default: out/ckpt.pt)")
     parser.add_argument("--device", default=TrainConfig.device,

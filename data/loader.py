@@ -67,6 +67,5 @@ def get_batch(tokens, meta, batch_size, block_size, rng):
     x = stretches[:, :-1]
     y = stretches[:, 1:].clone()  # x stays as it is when targets are struck out below
     if meta["answers"]:
-        is_answer = torch.isin(y, torch.tensor(meta["answers"]))
-        y[~is_answer] = -1
+        y[~torch.isin(y, torch.tensor(meta["answers"]))] = -1
     return x, y

@@ -21,6 +21,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,7 +36,7 @@ PIECE_SIZE = 1 << 18  # bytes of a text that are read at once
 class ByteTokenizer:
     """Tokens are bytes. `pretrained.Tokenizer` has the same methods."""
     vocab_size = 256
-    eos_ids = frozenset()  # no token ends a text
+    eos_ids = ()  # no token ends a text
 
     def encode(self, text, is_first=True):
         """The ids of a text (bytes). is_first: of its first piece, which may get a begin token."""
@@ -71,20 +72,21 @@ def prepare(folder, texts, tokenizer_folder=None, **meta):
     meta.update(vocab_size=tokenizer.vocab_size, dtype=dtype.name,
                 separators=tokenizer.separators())
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as new_folder:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as new_folder:
         new = Path(new_folder)
         with open(new / "train.bin", "wb") as train, open(new / "val.bin", "wb") as val:
             for text in texts:
                 n_train = len(text) * 9 // 10
                 for file, part in ((train, text[:n_train]), (val, text[n_train:])):
                     file.write(np.array(tokenizer.encode(part, False), dtype).tobytes())
-            if val.tell() == 0:
+            if not val.tell():
                 raise ValueError("there is too little text")
         (new / "meta.json").write_text(json.dumps(meta))
         if tokenizer_folder:  # whoever samples from a model trained on it needs it
             shutil.copy(Path(tokenizer_folder, "tokenizer.json"), new)
+        (folder / "tokenizer.json").unlink(missing_ok=True)
         for file in new.iterdir():
-            os.replace(file, folder / file.name)
+            file.replace(folder / file.name)
 
 
 # ---- sources: each yields texts, as bytes
@@ -94,8 +96,8 @@ def read_files(path):
     """A file or pipe, or all files below a folder; no name may begin with a dot (.git, .venv)."""
     files = [path]
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()
-                 and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        names = glob("**", root_dir=path, recursive=True)  # none with a dot in front
+        files = [path / name for name in sorted(names) if (path / name).is_file()]
     for name in tqdm(files, "reading"):
         with open(name, "rb") as file:
             yield from read_pieces(file)

@@ -2,10 +2,10 @@
 
     python experiments/far_keys.py --model FOLDER --text BOOKS
 
-reads texts of 1,024 tokens from the books (a line `***` ends one), with the lines of a paragraph
-joined. It prints the loss on the second halves as the difference to full attention of the same
-texts, with its standard error over texts. Windows alone and with separators come first; then the
-controls, which keep other tokens than separators, as many.
+reads stretches of 1,024 tokens, evenly spaced over the file, with the lines of a paragraph joined.
+It prints the loss on their second halves as the difference to full attention of the same texts,
+with its standard error over texts. There are windows alone, with separators and, as controls, with
+about as many other tokens: fixed_every=9 keeps as many as there are separators in books.
 """
 import argparse
 import re
@@ -38,17 +38,16 @@ def read_texts(model_folder, path, n_texts):
 # ---- which tokens stay visible: each rule may stand in the place of sep_cache.is_kept
 
 
-def separators(ids, positions, config, is_kept=sep_cache.is_kept):
-    return is_kept(ids, positions, config)
+AS_CONFIGURED = sep_cache.is_kept  # itself, before anything stands in its place
 
 
 def token_before(ids, positions, config):
-    is_separator = separators(ids, positions, config)
+    is_separator = AS_CONFIGURED(ids, positions, config)
     return F.pad(is_separator[:, 1:], (0, 1)) | (positions < config.sinks)
 
 
 def random_tokens(ids, positions, config):
-    n = int(separators(ids, positions, config).sum())
+    n = int(AS_CONFIGURED(ids, positions, config).sum())
     chosen = torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(n))[:n]
     return torch.isin(positions, chosen)[None] | (positions < config.sinks)
 
@@ -78,13 +77,13 @@ def mean_and_error(values):
 
 def cases():
     """{name: (rule, settings)}."""
-    rows = {"full": (separators, dict(attn="full"))}
+    rows = {"full": (AS_CONFIGURED, dict(attn="full"))}
     for window in (32, 128, 140, 228):  # 140 and 228: as many keys as sep 32 and sep 128
-        rows[f"streamingllm {window}"] = separators, dict(attn="streamingllm", window=window)
+        rows[f"streamingllm {window}"] = AS_CONFIGURED, dict(attn="streamingllm", window=window)
     for window in (32, 64, 128, 256):
-        rows[f"sep {window}"] = separators, dict(attn="sep", window=window)
+        rows[f"sep {window}"] = AS_CONFIGURED, dict(attn="sep", window=window)
     for window in (32, 128):  # as many far tokens as there are separators
-        rows[f"fixed {window}"] = separators, dict(attn="fixed", window=window, fixed_every=9)
+        rows[f"fixed {window}"] = AS_CONFIGURED, dict(attn="fixed", window=window, fixed_every=9)
         for rule in (token_before, random_tokens):
             rows[f"{rule.__name__} {window}"] = rule, dict(attn="sep", window=window)
     return rows

@@ -42,7 +42,7 @@ def read_problems(path):
 def loss_of_answer(model, cache, last_logits, tokenizer, problem):
     """Mean loss in nats on the tokens of the worked answer, and of the final number."""
     question, worked, number = problem
-    parts = [f"Q: {question}\nA:", f" {worked.replace(chr(10), ' ')} The answer is", f" {number}."]
+    parts = [f"Q: {question}\nA:", f" {worked.replace(chr(10), ' ')} The answer is", f" {number}"]
     ids = [tokenizer.encode(part.encode(), is_first=False) for part in parts]
     logits, _ = model(torch.tensor([sum(ids, [])]), cache=copy.deepcopy(cache))
     logits = torch.cat([last_logits, logits[0, :-1]])
@@ -65,7 +65,7 @@ def main():
     print(f"{examples.shape[1]} tokens of examples, {len(problems)} problems\n\n"
           "| attention | keys | answer - full | error | number - full | error |\n"
           "| --- | --- | --- | --- | --- | --- |")
-    full = None
+    full = None  # the losses of the first case
     for settings in CASES:
         model.configure(**settings)
         cache = make_cache(model.config)
@@ -77,11 +77,11 @@ def main():
         losses = torch.stack(losses, dim=1)  # (2, problems)
         if full is None:
             full = losses
-            print(f"full attention: {full.mean(1).tolist()}")
         (answer, number), (answer_error, number_error) = mean_and_error(losses - full)
         name = f"{settings['attn']} {settings.get('window', '')}"
         print(f"| {name} | {keys:.0f} | {answer:+.4f} | {answer_error:.4f} | {number:+.4f} | "
               f"{number_error:.4f} |", flush=True)
+    print(f"\nfull attention: answer {full[0].mean():.4f}, number {full[1].mean():.4f} nats")
 
 
 if __name__ == "__main__":

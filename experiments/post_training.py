@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from far_keys import GPT, loss_of_halves, mean_and_error, read_texts, separators, token_before
+from far_keys import AS_CONFIGURED, GPT, loss_of_halves, mean_and_error, read_texts, token_before
 from plotting import new_figure, save_figure
 from tqdm import tqdm
 
@@ -23,12 +23,12 @@ WARMUP_STEPS = 20
 LEARNING_RATE = 1e-4
 WINDOW = 32
 KINDS = {  # name: (which tokens stay visible, settings)
-    "full": (separators, dict(attn="full")),
-    "sep": (separators, dict(attn="sep", window=WINDOW)),
-    "fixed": (separators, dict(attn="fixed", window=WINDOW, fixed_every=9)),  # as many keys
-    "streamingllm": (separators, dict(attn="streamingllm", window=WINDOW)),
+    "full": (AS_CONFIGURED, dict(attn="full")),
+    "sep": (AS_CONFIGURED, dict(attn="sep", window=WINDOW)),
+    "fixed": (AS_CONFIGURED, dict(attn="fixed", window=WINDOW, fixed_every=9)),  # as many keys
+    "streamingllm": (AS_CONFIGURED, dict(attn="streamingllm", window=WINDOW)),
     "before": (token_before, dict(attn="sep", window=WINDOW)),
-    "longer": (separators, dict(attn="streamingllm", window=140)),  # as many keys as sep
+    "longer": (AS_CONFIGURED, dict(attn="streamingllm", window=140)),  # as many keys as sep
 }
 
 
@@ -70,7 +70,7 @@ def report(out):
     for name, losses in results.items():
         means = losses.mean(1).tolist()
         print(f"| {name} | {' | '.join(f'{mean:.4f}' for mean in means)} |")
-        if name != "sep":
+        if name != "sep" and "sep" in results:
             means, errors = mean_and_error(losses - results["sep"])
             cells = [f"{mean:+.4f} ± {error:.4f}"
                      for mean, error in zip(means, errors, strict=True)]

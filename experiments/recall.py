@@ -3,8 +3,8 @@
     python experiments/recall.py --seeds 5
 
 trains `sep`, `streamingllm` and `fixed` with each seed and `full` with two, each in
-out-recall/<attn>-<seed>; what is there already is not trained again. Prints the accuracy by
-distance, and writes experiments/figures/recall.svg.
+out-recall/<attn>-<seed>. It goes on where it was stopped. Prints the accuracy by distance, and
+writes experiments/figures/recall.svg.
 
 The window holds one fact (4 bytes), so a full stop sees just the fact that it ends. With a window
 of 8 it would see three, and would have to learn which is its own: that made training a lottery.
@@ -45,7 +45,7 @@ def make_ledgers(n_ledgers, seed):
 
 
 def prepare_ledgers(folder):
-    if not folder.exists():
+    if not (folder / "meta.json").exists():
         text = "".join(make_ledgers(100_000, seed=0)).encode()
         # the loss is taken on the values alone, and a training text is one whole ledger
         prepare(folder, [text], answers=list(VALUES.encode()), record=3 * N_FACTS + 1)
@@ -100,15 +100,16 @@ def main():
             if attn == "full" and seed >= 2:
                 continue
             out_dir = args.out / f"{attn}-{seed}"
-            if not out_dir.exists():
-                options = [*OPTIONS, "--attn", attn, "--seed", str(seed),
-                           "--data", args.out / "data", "--out_dir", out_dir]
-                subprocess.run([sys.executable, ROOT / "train.py", *options], check=True)
-            model, state = load_checkpoint(out_dir / "ckpt.pt")
-            if state["step"] == state["info"]["train_config"]["max_steps"]:
-                results.setdefault(attn, []).append(accuracy(model.eval()))
-                print(attn, seed, {name: f"{x:.1%}" for name, x in results[attn][-1].items()},
-                      flush=True)
+            options = ["--resume"]
+            if not (out_dir / "ckpt.pt").exists():
+                options = [*OPTIONS, "--attn", attn, "--seed", str(seed)]
+                options += ["--data", args.out / "data"]
+            command = [sys.executable, ROOT / "train.py", "--out_dir", out_dir, *options]
+            subprocess.run(command, check=True)
+            model, _ = load_checkpoint(out_dir / "ckpt.pt")
+            results.setdefault(attn, []).append(accuracy(model.eval()))
+            print(attn, seed, {name: f"{x:.1%}" for name, x in results[attn][-1].items()},
+                  flush=True)
     draw(results)
 
 

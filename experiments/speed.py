@@ -6,6 +6,7 @@
 What is compared takes turns in one process, on one thread, in float32; medians.
 """
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -75,8 +76,8 @@ def decoding():
                     model(chunk, cache=caches[attn])
 
         def decode(attn, caches=caches):
-            list(models[attn].generate(torch.zeros(1, 1, dtype=torch.int64), 300,
-                                       cache=caches[attn]))
+            first = torch.zeros(1, 1, dtype=torch.int64)
+            list(models[attn].generate(first, 300, cache=copy.deepcopy(caches[attn])))
 
         runs = {"sep": lambda decode=decode: decode("sep"),
                 "full": lambda decode=decode: decode("full")}

@@ -282,6 +282,9 @@ def test_a_text_is_scored_by_the_dense_forward_from_files_and_pipes(checkpoint, 
     code, out, _ = run("sample.py", "--ckpt", checkpoint, "--score", tmp_path / "text.txt")
     assert f"all 32 tokens: perplexity {math.exp(nats):.4f}, " in out
     assert f"{32 * nats / math.log(2) / 33:.4f} bits per byte, 100.00% of the keys" in out
+    (tmp_path / "one.txt").write_text("x")
+    code, _, err = run("sample.py", "--ckpt", checkpoint, "--score", tmp_path / "one.txt")
+    assert code == 1 and "too short" in err
     for source in ("-", "/dev/stdin"):
         with open(tmp_path / "text.txt") as file:
             assert run("sample.py", "--ckpt", checkpoint, "--score", source, stdin=file)[1] == out
