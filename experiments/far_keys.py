@@ -46,6 +46,11 @@ def token_before(ids, positions, config):
     return F.pad(is_separator[:, 1:], (0, 1)) | (positions < config.sinks)
 
 
+def token_after(ids, positions, config):
+    is_separator = AS_CONFIGURED(ids, positions, config)
+    return F.pad(is_separator[:, :-1], (1, 0)) | (positions < config.sinks)
+
+
 def random_tokens(ids, positions, config):
     n = int(AS_CONFIGURED(ids, positions, config).sum())
     chosen = torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(n))[:n]
@@ -84,7 +89,7 @@ def cases():
         rows[f"sep {window}"] = AS_CONFIGURED, dict(attn="sep", window=window)
     for window in (32, 128):  # as many far tokens as there are separators
         rows[f"fixed {window}"] = AS_CONFIGURED, dict(attn="fixed", window=window, fixed_every=9)
-        for rule in (token_before, random_tokens):
+        for rule in (token_before, token_after, random_tokens):
             rows[f"{rule.__name__} {window}"] = rule, dict(attn="sep", window=window)
     return rows
 

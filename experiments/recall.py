@@ -6,8 +6,8 @@ trains `sep`, `streamingllm` and `fixed` with each seed and `full` with two, eac
 out-recall/<attn>-<seed>. It goes on where it was stopped. Prints the accuracy by distance, and
 writes experiments/figures/recall.svg.
 
-The window holds one fact (4 bytes), so a full stop sees just the fact that it ends. With a window
-of 8 it would see three, and would have to learn which is its own: that made training a lottery.
+The window holds one fact and the full stop before it (4 bytes), so what lies further back can be
+recalled only through a separator, or in small steps from layer to layer.
 """
 import argparse
 import random
@@ -27,7 +27,7 @@ N_FACTS = 21  # of 3 bytes in a ledger; with its line break it has 64 bytes
 KEYS = "abcdefgh"
 VALUES = "0123456789"
 OPTIONS = ("--n_layer 3 --n_head 4 --n_embd 128 --block_size 64 --window 4 --sinks 1 "
-           "--fixed_every 3 --max_seps None --batch_size 64 --max_steps 1600 "
+           "--fixed_every 3 --max_seps None --batch_size 64 --max_steps 400 "
            "--learning_rate 1e-3").split()
 DISTANCES = ["1-3", "4-6", "7-10", "11-20"]  # facts back to the latest mention of the key
 
