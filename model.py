@@ -210,8 +210,8 @@ class GPT(nn.Module):
     def _initial_std(self, name, weight):
         """Unit variance into attention, MLP and logits, and little out of a block at first.
 
-        An embedding of std 0.02 is the custom, but what the tokens have in common then soon
-        outgrows what tells them apart: see recall in experiments/RESULTS.md.
+        So the rows of the embedding have length 1. With the customary std of 0.02 Adam's steps soon
+        drown what tells tokens apart: see the recall in experiments/RESULTS.md.
         """
         if name.endswith(("out.weight", "down.weight")):
             return 0.02 / (2 * self.config.n_layer) ** 0.5

@@ -28,7 +28,7 @@ KEYS = "abcdefgh"
 VALUES = "0123456789"
 OPTIONS = ("--n_layer 3 --n_head 4 --n_embd 128 --block_size 64 --window 4 --sinks 1 "
            "--fixed_every 3 --max_seps None --batch_size 64 --max_steps 400 "
-           "--learning_rate 1e-3").split()
+           "--learning_rate 5e-4").split()
 DISTANCES = ["1-3", "4-6", "7-10", "11-20"]  # facts back to the latest mention of the key
 
 
@@ -49,6 +49,14 @@ def prepare_ledgers(folder):
         text = "".join(make_ledgers(100_000, seed=0)).encode()
         # the loss is taken on the values alone, and a training text is one whole ledger
         prepare(folder, [text], answers=list(VALUES.encode()), record=3 * N_FACTS + 1)
+
+
+def train(out_dir, options):
+    """Run train.py with these options, or go on where it was stopped."""
+    if (out_dir / "ckpt.pt").exists():
+        options = ["--resume"]
+    command = [sys.executable, ROOT / "train.py", "--out_dir", out_dir, *options]
+    subprocess.run(command, check=True)
 
 
 @torch.inference_mode()
@@ -100,12 +108,8 @@ def main():
             if attn == "full" and seed >= 2:
                 continue
             out_dir = args.out / f"{attn}-{seed}"
-            options = ["--resume"]
-            if not (out_dir / "ckpt.pt").exists():
-                options = [*OPTIONS, "--attn", attn, "--seed", str(seed)]
-                options += ["--data", args.out / "data"]
-            command = [sys.executable, ROOT / "train.py", "--out_dir", out_dir, *options]
-            subprocess.run(command, check=True)
+            options = [*OPTIONS, "--attn", attn, "--seed", str(seed), "--data", args.out / "data"]
+            train(out_dir, options)
             model, _ = load_checkpoint(out_dir / "ckpt.pt")
             results.setdefault(attn, []).append(accuracy(model.eval()))
             print(attn, seed, {name: f"{x:.1%}" for name, x in results[attn][-1].items()},
