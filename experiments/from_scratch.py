@@ -1,4 +1,4 @@
-"""Trained from scratch, what does each attention lose against full attention, and what does it cost?
+"""Trained from scratch, what does each attention lose against full attention? A table.
 
     python experiments/from_scratch.py                  the quick start's preset
     python experiments/from_scratch.py --attn full sep --data NAME --block_size 1024
@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 from far_keys import mean_and_error
-from recall import train
+from recall import train_or_resume
 
 
 def read_log(out_dir):
-    """Its validation losses by step, {step: loss}, and its median tokens per second."""
+    """The validation losses of a run, {step: loss}, and its median tokens per second."""
     lines = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
-    speed = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
-    return losses, sorted(speed)[len(speed) // 2]
+    speeds = sorted(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
+    return losses, speeds[len(speeds) // 2]
 
 
 def main():
@@ -32,15 +32,17 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out-scratch"), help="where runs go")
     args, options = parser.parse_known_args()
     for attn in args.attn:
-        runs = []
+        losses, speeds = [], []  # of each seed
         for seed in range(args.seeds):
             out_dir = args.out / f"{attn}-{seed}"
-            train(out_dir, ["--attn", attn, "--seed", str(seed), *options])
-            runs.append(read_log(out_dir))
-        for step in runs[0][0]:
-            mean, error = mean_and_error(torch.tensor([losses[step] for losses, _ in runs]))
+            train_or_resume(out_dir, ["--attn", attn, "--seed", str(seed), *options])
+            losses_by_step, speed = read_log(out_dir)
+            losses.append(losses_by_step)
+            speeds.append(speed)
+        for step in losses_by_step:
+            mean, error = mean_and_error(torch.tensor([run[step] for run in losses]))
             print(f"| {attn} | {step} | {mean:.4f} | {error:.4f} |")
-        print(f"{attn}: {sum(speed for _, speed in runs) / args.seeds:,.0f} tokens/s")
+        print(f"{attn}: {sum(speeds) / args.seeds:,.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def prepare_ledgers(folder):
         prepare(folder, [text], answers=list(VALUES.encode()), record=3 * N_FACTS + 1)
 
 
-def train(out_dir, options):
+def train_or_resume(out_dir, options):
     """Run train.py with these options, or go on where it was stopped."""
     if (out_dir / "ckpt.pt").exists():
         options = ["--resume"]
@@ -91,7 +91,8 @@ def draw(results):
         axes.fill_between(DISTANCES, values.amin(0), values.amax(0), alpha=0.2, color=color)
     axes.axhline(10, color=GREY, linestyle=":", label="guessing")
     axes.set(xlabel="facts back to the latest mention", ylabel="values recalled, %", ylim=(0, 103),
-             title="Separators carry values over any distance, windows alone no further than they reach")
+             title="Separators carry values over any distance, "
+                   "windows alone no further than they reach")
     axes.legend(framealpha=0)
     save_figure(figure, "recall")
 
@@ -110,7 +111,7 @@ def main():
                 continue
             out_dir = args.out / f"{attn}-{seed}"
             options = [*OPTIONS, "--attn", attn, "--seed", str(seed), "--data", args.out / "data"]
-            train(out_dir, options)
+            train_or_resume(out_dir, options)
             model, _ = load_checkpoint(out_dir / "ckpt.pt")
             results.setdefault(attn, []).append(accuracy(model.eval()))
             print(attn, seed, {name: f"{x:.1%}" for name, x in results[attn][-1].items()},
