@@ -57,7 +57,7 @@ class TrainConfig:
 PRESET = dict(block_size=256, n_layer=4, n_head=4, n_embd=128, window=32, max_seps=16)
 if torch.cuda.is_available():
     PRESET = dict(block_size=1024, n_layer=6, n_head=6, n_embd=384, window=64, max_seps=64,
-                  batch_size=64, max_steps=2000, learning_rate=1e-3, warmup_steps=100, compile=True)
+                  batch_size=64, max_steps=750, learning_rate=1e-3, warmup_steps=100, compile=True)
 
 RANK = int(os.environ.get("RANK", 0))  # of this process, by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
