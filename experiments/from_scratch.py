@@ -4,45 +4,55 @@
     python experiments/from_scratch.py --attn full sep --data NAME --block_size 1024
 
 trains each attention with each seed in out-scratch/<attn>-<seed>, and goes on where it was stopped.
-Options that it does not know go to train.py. Prints the validation loss, the mean over seeds and
-the standard error, and the tokens per second.
+Options that it does not know go to train.py. A row of the table: the validation loss at the start
+and after each eval_every steps, the mean over seeds ± its standard error; how many keys a query
+sees, the mean over the validation text; the tokens per second.
 """
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import torch
 from far_keys import mean_and_error
-from recall import train_or_resume
+from recall import load_checkpoint, train_or_resume
+
+from data.loader import load_data
+from sep_cache import is_kept, key_reach
 
 
-def read_log(out_dir):
-    """The validation losses of a run, {step: loss}, and its median tokens per second."""
-    lines = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
-    speeds = sorted(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
-    return losses, speeds[len(speeds) // 2]
+def mean_keys(out_dir):
+    """How many keys a query of a run sees, the mean over the validation texts."""
+    model, state = load_checkpoint(out_dir / "ckpt.pt")
+    _, tokens, _ = load_data(state["info"]["train_config"]["data"])
+    T = model.config.block_size
+    ids = torch.tensor(tokens).unfold(0, T, T).long()  # (texts, T)
+    positions = torch.arange(T).expand(ids.shape)
+    reach = key_reach(is_kept(ids, positions[0], model.config), positions, model.config)
+    return reach.minimum(T - positions).double().mean()
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attn", nargs="+", default=["full", "streamingllm", "fixed", "sep"])
+    parser.add_argument("--attn", nargs="+", default=["full", "streamingllm", "fixed", "sep"],
+                        help="which to train (default: all four)")
     parser.add_argument("--seeds", type=int, default=3, help="of each attention (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("out-scratch"), help="where runs go")
     args, options = parser.parse_known_args()
     for attn in args.attn:
-        losses, speeds = [], []  # of each seed
+        losses, speeds = [], []
         for seed in range(args.seeds):
             out_dir = args.out / f"{attn}-{seed}"
             train_or_resume(out_dir, ["--attn", attn, "--seed", str(seed), *options])
-            losses_by_step, speed = read_log(out_dir)
-            losses.append(losses_by_step)
-            speeds.append(speed)
-        for step in losses_by_step:
-            mean, error = mean_and_error(torch.tensor([run[step] for run in losses]))
-            print(f"| {attn} | {step} | {mean:.4f} | {error:.4f} |")
-        print(f"{attn}: {sum(speeds) / args.seeds:,.0f} tokens/s")
+            log = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+            loss_at = {line["step"]: line["val_loss"] for line in log if "val_loss" in line}
+            losses.append(list(loss_at.values()))
+            speeds += [line["tokens_per_s"] for line in log if "tokens_per_s" in line]
+        means, errors = mean_and_error(torch.tensor(losses).T)
+        cells = [f"{mean:.4f} ± {error:.4f}" for mean, error in zip(means, errors, strict=True)]
+        print(f"| {attn} | {' | '.join(cells)} | {mean_keys(out_dir):.1f} | "
+              f"{statistics.median(speeds):,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

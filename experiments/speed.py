@@ -10,6 +10,7 @@ import copy
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,10 @@ def seconds_of(runs, repeats):
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
+def forward_backward(attention, q, k, v):
+    attention(q, k, v).sum().backward()
+
+
 def attention():
     """Forward + backward of one layer, H 4, D 32, 6 % separators, against causal SDPA."""
     rows = []
@@ -45,16 +50,14 @@ def attention():
         config = SepConfig(window=window, max_seps=max_seps, separators=(1,), block_size=T)
         layout = far_layout((torch.rand(B, T) < 0.06).long(), config)
         q, k, v = (torch.randn(B, 4, T, 32).requires_grad_() for _ in range(3))
-
-        def sep(q=q, k=k, v=v, layout=layout, config=config):
-            sep_attention(q, k, v, layout, config.window, config.sinks).sum().backward()
-
-        def full(q=q, k=k, v=v):
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
-
-        ms = {name: 1e3 * s for name, s in seconds_of(dict(sep=sep, full=full), 5).items()}
-        rows.append((f"{T:,}", B, window, max_seps, f"{ms['sep']:,.0f}", f"{ms['full']:,.0f}",
-                     f"{ms['full'] / ms['sep']:.2f}x"))
+        causal = partial(F.scaled_dot_product_attention, is_causal=True)
+        sep = partial(sep_attention, layout=layout, window=window, sinks=config.sinks)
+        runs = {"sep": partial(forward_backward, sep, q, k, v),
+                "full": partial(forward_backward, causal, q, k, v)}
+        seconds = seconds_of(runs, 5)
+        rows.append((f"{T:,}", B, window, max_seps,
+                     f"{1e3 * seconds['sep']:,.0f}", f"{1e3 * seconds['full']:,.0f}",
+                     f"{seconds['full'] / seconds['sep']:.2f}x"))
     table(("T", "batch", "window", "max_seps", "sep ms", "full ms", "speed-up"), rows)
 
 
@@ -79,11 +82,11 @@ def decoding():
             first = torch.zeros(1, 1, dtype=torch.int64)
             list(models[attn].generate(first, 300, cache=copy.deepcopy(caches[attn])))
 
-        runs = {"sep": lambda decode=decode: decode("sep"),
-                "full": lambda decode=decode: decode("full")}
+        runs = {attn: partial(decode, attn) for attn in models}
         if context == 16:
-            runs["transformers"] = lambda ids=ids: llama.generate(
-                ids, max_new_tokens=300, min_new_tokens=300, do_sample=True, pad_token_id=0)
+            runs["transformers"] = partial(
+                llama.generate, ids, max_new_tokens=300, min_new_tokens=300, do_sample=True,
+                pad_token_id=0)
         speed = {name: 300 / s for name, s in seconds_of(runs, 3).items()}
         rows.append([f"{context:,}"] + [f"{speed[name]:,.0f}" if name in speed else ""
                                         for name in ("sep", "full", "transformers")])
@@ -106,9 +109,9 @@ def pretrained(folder):
 
     runs = {}
     for n_tokens in (1, 61):
-        runs["max_seps 256", n_tokens] = lambda n=n_tokens: read_and_write(256, n)
-        runs["max_seps None", n_tokens] = lambda n=n_tokens: read_and_write(None, n)
-        runs["transformers", n_tokens] = lambda n=n_tokens: generate(n)
+        runs["max_seps 256", n_tokens] = partial(read_and_write, 256, n_tokens)
+        runs["max_seps None", n_tokens] = partial(read_and_write, None, n_tokens)
+        runs["transformers", n_tokens] = partial(generate, n_tokens)
     seconds = seconds_of(runs, 2)
     rows = [(name, f"{1800 / seconds[name, 1]:,.0f}",
              f"{60 / (seconds[name, 61] - seconds[name, 1]):,.1f}")
