@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 from far_keys import mean_and_error
-from recall import load_checkpoint, train_or_resume
+from recall import train_or_resume
 
 from data.loader import load_data
 from sep_cache import is_kept, key_reach
+from train import load_checkpoint
 
 
 def mean_keys(out_dir):
@@ -29,6 +30,7 @@ def mean_keys(out_dir):
     ids = torch.tensor(tokens).unfold(0, T, T).long()  # (texts, T)
     positions = torch.arange(T).expand(ids.shape)
     reach = key_reach(is_kept(ids, positions[0], model.config), positions, model.config)
+    # there are as many queries as keys, so this is also how many queries see a key
     return reach.minimum(T - positions).double().mean()
 
 
@@ -41,11 +43,13 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out-scratch"), help="where runs go")
     args, options = parser.parse_known_args()
     for attn in args.attn:
-        losses, speeds = [], []
+        losses = []  # (seeds, evaluations)
+        speeds = []  # of each step of all seeds
         for seed in range(args.seeds):
             out_dir = args.out / f"{attn}-{seed}"
             train_or_resume(out_dir, ["--attn", attn, "--seed", str(seed), *options])
             log = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+            # by step: a resumed run evaluates its first step again
             loss_at = {line["step"]: line["val_loss"] for line in log if "val_loss" in line}
             losses.append(list(loss_at.values()))
             speeds += [line["tokens_per_s"] for line in log if "tokens_per_s" in line]

@@ -22,7 +22,7 @@ EVAL_EVERY = 50
 WARMUP_STEPS = 20
 LEARNING_RATE = 1e-4
 WINDOW = 32
-KINDS = {  # name: (which tokens stay visible, settings); the middle four have as many keys
+KINDS = {  # name: (which tokens stay visible, settings); the middle four see about as many keys
     "streamingllm": (AS_CONFIGURED, dict(attn="streamingllm", window=WINDOW)),
     "sep": (AS_CONFIGURED, dict(attn="sep", window=WINDOW)),
     "before": (token_before, dict(attn="sep", window=WINDOW)),
