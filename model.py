@@ -1,23 +1,26 @@
 """The GPT: the transformer of Llama and Qwen3, over sinks, separators and a window.
 
-The one idea: training, prefill and decoding are the same `forward`. Without a cache the queries
+The one idea: training, prefill and decoding are the same `compute`. Without a cache the queries
 attend to the keys of their own text, with one to those that the cache returns. Who sees whom is
 worked out once, before the first layer.
 
-What is trained from scratch here has the shape of Qwen3; `GPT.from_pretrained` reads Llama, Mistral
-and Qwen into the same class. Read after `sep_cache.py` (who sees whom) and the first half of
-`sep_kernel.py`.
+What is trained from scratch here has the shape of Qwen3; `pretrained.load_model` reads Llama,
+Mistral and Qwen into the same class. Next: `train.py`, or `pretrained.py`.
 """
 import dataclasses
+import functools
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from sep_cache import SepConfig, far_layout, make_cache, option, require
-from sep_kernel import sep_attention
+from options import option, require
+from sep_cache import make_cache
+from sep_kernel import is_modern, sep_attention
+from sep_mask import SepConfig, far_layout
 
 
 @dataclass(kw_only=True)
@@ -106,12 +109,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, n_qkv * D, bias=config.qkv_bias)
         self.out = nn.Linear(config.n_head * D, config.n_embd, bias=False)
         if config.qk_norm:
+            # Qwen3 has one gain for all heads of q and one for those of k; here each has its own
             self.qk_gain = nn.Parameter(torch.ones(n_qk, 1, D))
 
-    def forward(self, x, layout, cos_sin, sink_cos_sin=None, cache=None):
-        """x (B, T, C) -> (B, T, C). cos_sin rotates q and k, sink_cos_sin makes q_sink.
+    def forward(self, x, cos_sin, layout, cache, mask, sink_cos_sin):
+        """x (B, T, C) -> (B, T, C). cos_sin rotates q and k.
 
-        layout: of `far_layout` or, with a cache, the mask of its `advance`.
+        Who sees whom: layout, of `far_layout`, without a cache; mask, of its `advance`, with one.
+        sink_cos_sin: a second rotation of q, for the sinks, or None; see `GPT.compute`.
         """
         B, T, _ = x.shape
         config = self.config
@@ -126,42 +131,40 @@ class Attention(nn.Module):
             qk = qk.to(v.dtype)
         q, k = apply_rope(qk, cos_sin).split([H, H_kv], dim=1)  # (B, H, T, D), (B, H_kv, T, D)
 
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)  # (B, H_kv, M, D)
-            q_sink = None
-            if sink_cos_sin is not None:
-                q_sink = apply_rope(qk[:, :H], sink_cos_sin)
-            y = cached_attention(q, k, v, layout, q_sink, config.sinks)
-        else:
-            k = k.repeat_interleave(H // H_kv, dim=1)  # (B, H, T, D)
-            v = v.repeat_interleave(H // H_kv, dim=1)
+        if cache is None:
+            # a copy of shared keys for each head: one program of the kernel serves one head
+            k, v = (x.repeat_interleave(H // H_kv, dim=1) for x in (k, v))  # (B, H, T, D)
             if layout is None:
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             else:
                 y = sep_attention(q, k, v, layout, config.window, config.sinks)
-        return self.out(y.transpose(1, 2).reshape(B, T, H * D))
+        else:
+            k, v = cache.update(k, v, self.layer_idx)  # (B, H_kv, M, D)
+            q_sink = None
+            if sink_cos_sin is not None:
+                q_sink = apply_rope(qk[:, :H], sink_cos_sin)
+            y = cached_attention(q, k, v, mask, q_sink, config.sinks)
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
-def cached_attention(q, k, v, mask, q_sink, sinks):
-    """Softmax attention of new queries over the rows of a cache, with shared keys and values.
+def cached_attention(q, k, v, mask, q_sink=None, sinks=0):
+    """Softmax attention of new queries over the rows of a cache.
 
-    q, q_sink (B, H, T, D); k, v (B, H_kv, M, D); mask (B, 1, T, M) or None. With q_sink, the first
-    `sinks` rows are scored by it. Returns (B, H, T, D).
+    q, q_sink (B, H, T, D); k, v (B, H_kv, M, D), shared by neighbouring heads; mask (B, 1, T, M).
+    With q_sink, the first `sinks` rows are scored by it. Returns (B, H, T, D).
     """
-    if q_sink is None:
-        is_grouped = q.shape[1] > k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=is_grouped)
     B, H, T, D = q.shape
-    H_kv = k.shape[1]
-    # the queries of the heads that share keys, one head after another
-    q = q.reshape(B, H_kv, H // H_kv * T, D)
-    q_sink = q_sink.reshape(q.shape)
-    sink_scores = q_sink @ k[:, :, :sinks].mT
-    other_scores = q @ k[:, :, sinks:].mT
-    scores = torch.cat([sink_scores, other_scores], dim=-1)
-    scores = scores.view(B, H, T, -1) * D ** -0.5 + mask
-    weights = scores.softmax(-1).view(*q.shape[:3], -1)
-    return (weights @ v).view(B, H, T, D)
+    _, H_kv, M, _ = k.shape
+    # The queries of the heads that share keys become further queries of one head. PyTorch's own
+    # way, enable_gqa, would leave the fast kernels of most GPUs when there is a mask.
+    q = q.reshape(B, H_kv, -1, D)
+    mask = mask.expand(B, H // H_kv, T, M).reshape(B, 1, -1, M)
+    if q_sink is not None:
+        # what the scores of the sinks, the first rows, lack
+        missing = (q_sink.reshape(q.shape) - q) @ k[:, :, :sinks].mT * D ** -0.5
+        mask = mask + F.pad(missing, (0, M - missing.shape[-1]))
+    y = F.scaled_dot_product_attention(q, k, v, mask)
+    return y.view(B, H, T, D)
 
 
 class MLP(nn.Module):
@@ -186,10 +189,13 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, layout, cos_sin, sink_cos_sin=None, cache=None):
-        x = x + self.attn(self.attn_norm(x), layout, cos_sin, sink_cos_sin, cache)
+    def forward(self, x, *for_attention):
+        x = x + self.attn(self.attn_norm(x), *for_attention)
         x = x + self.mlp(self.mlp_norm(x))
         return x
+
+
+CHUNK_SIZE = 512  # tokens of a long text that are read at once
 
 
 class GPT(nn.Module):
@@ -217,12 +223,6 @@ class GPT(nn.Module):
             return 0.02 / (2 * self.config.n_layer) ** 0.5
         return weight.shape[1] ** -0.5
 
-    @classmethod
-    def from_pretrained(cls, folder, **settings):
-        """The model in a Hugging Face folder: see `pretrained.load_model`."""
-        from pretrained import load_model  # here, since that file imports this one
-        return load_model(folder, **settings)
-
     def configure(self, **changes):
         """Change settings that shape no weights, like `attn`. ValueError as in GPTConfig."""
         self.config = dataclasses.replace(self.config, **changes)
@@ -232,68 +232,155 @@ class GPT(nn.Module):
     def forward(self, ids, targets=None, cache=None):
         """Logits (B, T, V), and the mean cross-entropy in nats or, without targets, None.
 
-        ids (B, T) int64; targets (B, T) int64, -1 where no loss is taken; cache: of `make_cache`,
-        takes the tokens in. ValueError for a text beyond block_size without a cache.
+        ids, targets (B, T) int64; cache: of `make_cache`, takes the tokens in. ValueError for a
+        text beyond block_size without a cache.
         """
-        config = self.config
         T = ids.shape[1]
+        if cache is not None:
+            cache.make_room(T)
+        else:
+            require(T <= self.config.block_size, f"the text has {T} tokens, and block_size is "
+                    f"{self.config.block_size}; a longer one needs a cache")
+        return self.compute(ids, targets, cache)
+
+    def compute(self, ids, targets=None, cache=None):
+        """`forward` once there is room in the cache: work of the device alone, with no number read
+        back, so it can be compiled, or recorded as a CUDA graph."""
+        config = self.config
+        layout = mask = sink_cos_sin = None
         if cache is None:
-            require(T <= config.block_size, f"the text has {T} tokens, and block_size is "
-                    f"{config.block_size}; a longer one needs a cache")
-            positions = torch.arange(T, device=ids.device)
+            positions = torch.arange(ids.shape[1], device=ids.device)
             layout = far_layout(ids, config)
         else:
-            positions, layout = cache.advance(ids)
+            positions, mask = cache.advance(ids)
 
         x = self.embed(ids)  # (B, T, C)
         frequencies = rope_frequencies(config, ids.device)
         cos_sin = rope_cos_sin(positions, frequencies, x.dtype)
-        sink_cos_sin = None
         if cache is not None and cache.past_horizon:
-            # Separators are dropped at distance block_size, sinks never. To score them, too, only
-            # at distances that training has shown, q_sink is the query as it would be at position
-            # min(position, block_size - 1).
+            # Only sinks are seen from distance block_size on. To keep their distances trained ones,
+            # q_sink is the query rotated to min(position, block_size - 1).
             trained_positions = positions.clamp(max=config.block_size - 1)
             sink_cos_sin = rope_cos_sin(trained_positions, frequencies, x.dtype)
         for block in self.blocks:
-            x = block(x, layout, cos_sin, sink_cos_sin, cache)
+            x = block(x, cos_sin, layout, cache, mask, sink_cos_sin)
         head = self.embed if config.tied else self.head
-        x = self.norm(x)
-        logits = F.linear(x, head.weight)  # (B, T, V)
-        if targets is None:
-            return logits, None
-        all_logits = logits.float().flatten(0, 1)  # (B T, V)
-        loss = F.cross_entropy(all_logits, targets.flatten(), ignore_index=-1)
+        logits = F.linear(self.norm(x), head.weight)  # (B, T, V)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        if cache is not None:
+            cache.take_in(ids.shape[1])
         return logits, loss
 
     @torch.inference_mode()
-    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, cache=None):
+    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, cache=None, compile=False):
         """Yield, `max_new_tokens` times, the next token (B,) int64 of each of the prompts (B, T).
 
         temperature 0 is greedy; top_k: sample among the k most likely tokens, None: among all;
-        cache: a fresh one, by default one is made.
+        cache: a fresh one, by default one is made; compile: the work of a token by torch.compile.
+        Meanwhile the model must stay as it is. ValueError if the prompt's logits are not finite.
         """
         if cache is None:
             cache = make_cache(self.config, len(ids), ids.device, self.embed.weight.dtype)
         for chunk in ids.split(CHUNK_SIZE, dim=1):
             logits, _ = self(chunk, cache=cache)
+        require(logits.isfinite().all(), "the model's logits are not finite: it is broken")
+        token = sample_token(logits[:, -1], temperature, top_k)  # (B,)
+        compute = self.compute
+        if compile and (ids.device.type != "cuda" or is_modern(ids.device)):
+            compute = torch.compile(compute, fullgraph=True)
+
+        def next_token():
+            logits, _ = compute(token[:, None], cache=cache)
+            token.copy_(sample_token(logits[:, -1], temperature, top_k))
+
+        step = RecordedStep(next_token, cache, compile)
         for i in range(max_new_tokens):
             if i > 0:
-                logits, _ = self(token[:, None], cache=cache)
-            token = sample_token(logits[:, -1], temperature, top_k)  # (B,)
-            yield token
-
-
-CHUNK_SIZE = 512  # tokens of a long text that are read at once
+                cache.make_room(1)
+                step()
+            yield token.clone()
 
 
 def sample_token(logits, temperature, top_k):
-    """Sample token ids (B,) from logits (B, V)."""
+    """Sample token ids (B,) from logits (B, V), without a word from the device to the host."""
     if temperature == 0:
         return logits.argmax(-1)
+    if top_k is not None:
+        logits, kept_tokens = logits.topk(min(top_k, logits.shape[-1]))  # (B, k)
     logits = logits.double()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # none overflows
+    weights = logits.exp()
+    # Of exponential waiting times with these rates, each is the shortest with the probability of
+    # its weight. torch.multinomial does the same, but asks whether the weights are valid.
+    token = (weights / torch.empty_like(weights).exponential_()).argmax(-1, keepdim=True)
     if top_k is not None:
-        kth_logit = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth_logit, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), num_samples=1)[:, 0]
+        token = kept_tokens.gather(-1, token)
+    return token[:, 0]
+
+
+class RecordedStep:
+    """A step of decoding, which a GPU records once as a CUDA graph, and then replays.
+
+    A step is some 200 launches of kernels, and for each the GPU waits for Python; a replay is one.
+    On new buffers of the cache, and past the horizon, the first step runs as it is, the second is
+    recorded, all others are replayed. Elsewhere than on a GPU every step runs as it is.
+    """
+    is_possible = True  # after a failed recording PyTorch can begin no other in this process
+
+    def __init__(self, step, cache, is_compiled):
+        self.step = step
+        self.cache = cache
+        self.is_compiled = is_compiled
+        self.key = None, None  # what a recording is good for
+        self.replay = None
+
+    def __call__(self):
+        cache = self.cache
+        buffer, past_horizon = self.key
+        if buffer is not cache.row_position or past_horizon != cache.past_horizon:
+            self.key = cache.row_position, cache.past_horizon
+            self.replay = None
+            if self.is_compiled:
+                mark_rows_dynamic(cache)
+            self.step()  # loads kernels, makes the handles of libraries, compiles
+            return
+        if self.replay is None:
+            self.replay = record(self.step, cache.row_position.device)
+        self.replay()
+
+
+def mark_rows_dynamic(cache):
+    """Tell torch.compile that the number of rows may change, so that it compiles once for all."""
+    for x in cache.kv:
+        torch._dynamo.mark_dynamic(x, 2)
+    for x in (cache.row_position, cache.row_kept):
+        torch._dynamo.mark_dynamic(x, 1)
+
+
+def record(step, device):
+    """What runs the step again: a CUDA graph or, where there can be none, the step itself."""
+    if device.type != "cuda" or not RecordedStep.is_possible:
+        return step
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=capture_stream(device),
+                                  capture_error_mode="thread_local"):
+                step()
+            return graph.replay
+        except RuntimeError as error:
+            # PyTorch leaves the stream and the generator as if recording went on
+            RecordedStep.is_possible = False
+            torch.cuda.set_stream(stream)
+            generator = torch.cuda.default_generators[device.index]
+            generator.graphsafe_set_state(generator.clone_state())
+            warnings.warn(f"decoding without a CUDA graph: {error}")
+            return step
+
+
+@functools.cache  # one for a device: cuBLAS keeps a workspace for every stream
+def capture_stream(device):
+    return torch.cuda.Stream(device)

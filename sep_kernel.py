@@ -1,16 +1,18 @@
-"""Attention over a far list and a window: the interface, plain PyTorch, and Triton.
+"""Attention over what a query sees: the definition, plain PyTorch by blocks, Triton.
 
-The one idea: nothing searches for separators. What a query sees is its window and two ranges of the
-far list (`SepLayout` in `sep_cache.py`), so sparse attention is flash attention whose loops run
-over ranges. And each key is seen by one unbroken range of queries, [row, row + reach), so its
-gradient is flash attention's loop over queries.
+The definition is four lines, `dense_attention`. Everything after it is an optimisation of it, and
+is tested against it. It costs T x T; what follows costs as much as there is to see, because nothing
+searches for separators: what a query sees is its window and two ranges of the far list (`SepLayout`
+in `sep_mask.py`), so sparse attention is flash attention whose loops run over ranges. And each key
+is seen by one unbroken range of queries, [row, row + reach), so its gradient is flash attention's
+loop over queries.
 
-Read `sep_attention` and the PyTorch form after the far list in `sep_cache.py`; the Triton form when
-you know flash attention (arXiv 2205.14135), best beside Triton's fused-attention tutorial.
+Read the Triton form when you know flash attention (arXiv 2205.14135), best beside Triton's
+fused-attention tutorial. Next: `sep_cache.py`.
 """
 from __future__ import annotations  # without triton there is no `tl` to annotate with
 
-import math
+import functools
 import os
 import warnings
 
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from sep_cache import require
+from options import require
 
 try:
     import triton
@@ -27,42 +29,72 @@ except ImportError:  # on a Mac, say: plain PyTorch serves
     triton = None
 
 
+def dense_attention(q, k, v, reach):
+    """The definition: q, k, v (B, H, T, D); reach (B, T) of the keys -> (B, H, T, D)."""
+    position = torch.arange(q.shape[2], device=q.device)
+    distance = position[:, None] - position  # (T, T), from key to query
+    visible = (0 <= distance) & (distance < reach[:, None])  # (B, T, T)
+    return F.scaled_dot_product_attention(q, k, v, visible[:, None])
+
+
 def sep_attention(q, k, v, layout, window, sinks=0, impl="auto"):
-    """Softmax attention of each query over its sinks, its far tokens and its window.
+    """Softmax attention of each query over its sinks, its separators and its window.
 
     SepLLM (arXiv 2412.12094, section 3), computed as flash attention (arXiv 2205.14135).
 
     Args:
         q, k, v: (B, H, T, D), of whole texts.
         layout: of `far_layout`, for the same texts, window and sinks.
-        impl: "triton" (bf16, fp16 or fp32; D 16, 32, 64 or 128; T at most 1,000,000), "torch" (any
-            floating dtype), or "auto": triton on a GPU, torch elsewhere.
+        impl: "dense" (the definition), "torch" (any floating dtype), "triton" (bf16,
+            fp16 or fp32; D 16, 32, 64 or 128; a GPU), or "auto": triton where it can run on a
+            GPU, else torch.
 
     Returns (B, H, T, D), differentiable in q, k and v.
-    Raises ValueError for an unknown impl, for q, k and v of different dtypes, and where
+    Raises ValueError for an unknown impl, for shapes or dtypes that disagree, and where
     impl="triton" cannot do what is asked.
     """
-    T, D = q.shape[2:]
-    dtypes = torch.bfloat16, torch.float16, torch.float32
-    require(q.dtype == k.dtype == v.dtype,
-            f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, and must agree")
-    require(impl in ("auto", "triton", "torch"),
-            f"impl is {impl!r}, and must be auto, triton or torch")
-    fits = D in (16, 32, 64, 128) and T <= 1_000_000 and q.dtype in dtypes
-    can_run = triton is not None and (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-    needs = ("triton, a CUDA device, D 16, 32, 64 or 128, bf16, fp16 or fp32, and T at most "
-             f"1,000,000; given: D {D}, {q.dtype}, {q.device}, T {T}")
+    require(impl in ("auto", "triton", "torch", "dense"),
+            f"impl is {impl!r}, and must be auto, triton, torch or dense")
+    B, _, T, D = q.shape
+    given = [(x.dtype, *x.shape) for x in (q, k, v, *layout)]
+    require(len(set(given[:3])) == 1 and all(x.shape == (B, T) for x in layout),
+            f"q, k and v (B, H, T, D), of one dtype, and layout (B, T) must agree: {given}")
+    needs = ("triton, a CUDA device of compute capability 8.0 or more, D 16, 32, 64 or 128, bf16, "
+             f"fp16 or fp32, and T at most 1,000,000; given: D {D}, {q.dtype}, {q.device}, T {T}")
     if impl == "auto":
-        impl = "triton" if q.is_cuda and can_run and fits else "torch"
-        if q.is_cuda and impl == "torch":
-            warnings.warn(f"sep_attention runs in plain PyTorch; the kernel needs {needs}",
-                          stacklevel=2)
+        impl = "triton" if q.is_cuda and kernel_can_run(q) else "torch"
+        if impl == "torch" and is_modern(q.device):
+            warnings.warn(f"attention runs in plain PyTorch; the kernel needs {needs}")
+    if impl == "dense":
+        return dense_attention(q, k, v, layout[3])
     if impl == "torch":
-        return _attention_torch(q, k, v, layout, window, sinks)
-    require(can_run and fits, f"impl='triton' needs {needs}")
+        return block_attention(q, k, v, layout, window, sinks)
+    require(kernel_can_run(q), f"impl='triton' needs {needs}")
     q, k, v, *layout = (x.contiguous() for x in (q, k, v, *layout))
+    # a window beyond the text is the text: so numbers of rows stay within int32
     out, _ = _attention(q, k, v, layout, min(window, T), sinks)
     return out
+
+
+def kernel_can_run(q):
+    """Whether there is all that `sep_attention` says it needs; Triton's interpreter is a GPU."""
+    *_, T, D = q.shape
+    has_device = is_modern(q.device) or os.environ.get("TRITON_INTERPRET") == "1"
+    # T: a grid has 65,535 blocks, in fp32 of 16 rows
+    return (triton is not None and has_device and D in (16, 32, 64, 128) and T <= 1_000_000
+            and q.dtype != torch.float64)
+
+
+def is_modern(device):
+    """Whether this is a GPU for Triton and bf16. An older one is told so, once."""
+    is_gpu = device.type == "cuda"
+    is_old = is_gpu and torch.cuda.get_device_capability(device) < (8, 0)
+    if is_old:
+        warnings.warn("a GPU below compute capability 8.0: float32, without kernel and compiler")
+    return is_gpu and not is_old
+
+
+is_modern._dynamo_marked_constant = True  # to torch.compile, as `separator_table`
 
 
 # ---- plain PyTorch: blocks of queries, each over the few keys that it can see --------------------
@@ -70,70 +102,65 @@ def sep_attention(q, k, v, layout, window, sinks=0, impl="auto"):
 BLOCK = 64  # queries; larger blocks share more keys, and mask more of them
 
 
-def _attention_torch(q, k, v, layout, window, sinks):
-    """`sep_attention` without Triton; time and memory are linear in T.
+def block_attention(q, k, v, layout, window, sinks):
+    """`dense_attention` in time and memory linear in T.
 
     The queries are cut into blocks. A block's keys are [sinks | its range of the far list | its
     windows' rows], gathered for all blocks at once and padded to the longest; then each block is
     one dense attention with a small mask.
     """
     B, H, T, D = q.shape
-    rows, visible = _keys_of_blocks(layout, window, sinks)
-    _, N, M = rows.shape
-    mask = torch.where(visible, 0.0, -torch.inf).to(q.dtype)
+    queries, keys, mask = _blocks(layout, window, sinks, q.dtype)
 
-    def gather(x):
+    def gather(x, rows):
         x = x.transpose(1, 2).reshape(B * T, H * D)
         x = x.index_select(0, rows.flatten())  # its gradient adds up whole rows, which is fast
-        return x.view(B * N, M, H, D).transpose(1, 2)  # (B N, H, M, D)
+        return x.view(-1, rows.shape[2], H, D).transpose(1, 2)  # (B N, H, BLOCK or M, D)
 
-    q = F.pad(q, (0, 0, 0, N * BLOCK - T))
-    q = q.view(B, H, N, BLOCK, D).transpose(1, 2)
-    q = q.reshape(B * N, H, BLOCK, D)
-    out = F.scaled_dot_product_attention(q, gather(k), gather(v), mask.flatten(0, 1)[:, None])
-    out = out.view(B, N, H, BLOCK, D).transpose(1, 2)
+    out = F.scaled_dot_product_attention(
+        gather(q, queries), gather(k, keys), gather(v, keys), mask)
+    out = out.view(B, -1, H, BLOCK, D).transpose(1, 2)
     return out.flatten(2, 3)[:, :, :T]
 
 
-def _keys_of_blocks(layout, window, sinks):
-    """The M keys of each of N blocks of queries.
+@functools.lru_cache(maxsize=1)  # once per forward: its layers share a layout; the last one is kept
+def _blocks(layout, window, sinks, dtype):
+    """N blocks of queries, and the M keys of each.
 
-    rows (B, N, M): their rows, counted through the whole batch
-    visible (B, N, BLOCK, M) bool: which of them each query of the block sees
+    queries (B, N, BLOCK), keys (B, N, M): their rows, counted through the whole batch
+    mask (B N, 1, BLOCK, M): 0 where a query of the block sees the key, else -inf
     """
     far, start, stop, reach = layout
     B, T = far.shape
     device = far.device
     sequence = torch.arange(B, device=device)[:, None, None]
-    n_blocks = -(-T // BLOCK)
-    query = torch.arange(n_blocks * BLOCK, dtype=torch.int32, device=device)
-    query = query.view(n_blocks, BLOCK)
-    first_query = query[:, :1]  # (N, 1)
-    query = query.clamp(max=T - 1)  # those past the end repeat the last
+    first_query = torch.arange(0, T, BLOCK, device=device)[:, None]  # (N, 1)
+    query = first_query + torch.arange(BLOCK, device=device)
+    query = query.clamp(max=T - 1)  # (N, BLOCK); those past the end repeat the last
 
-    # what the first query of a block sees of the far list. What later queries see of it in
+    # What the first query of a block sees of the far list. What later queries see of it in
     # addition was still in the window of the first, so it is among the rows of the windows below.
-    start = start[:, first_query]  # (B, N, 1)
-    stop = stop[:, first_query]
+    block_start = start[:, first_query]  # (B, N, 1)
+    block_stop = stop[:, first_query]
     n_sinks = min(sinks, T)
-    longest = int((stop - start).max())
-    entry = torch.arange(n_sinks + longest, device=device)
-    entry = torch.where(entry < n_sinks, entry, entry - n_sinks + start)  # (B, N, entries)
+    longest = int((block_stop - block_start).max())
+    # offsets below 0 are the sinks, the others count from block_start
+    offset = torch.arange(-n_sinks, longest, device=device)
+    entry = offset + torch.where(offset < 0, n_sinks, block_start)  # (B, N, entries)
     far_row = far[sequence, entry.clamp(max=T - 1)]
-    far_row = far_row.where(entry < stop, T)  # T: a row that no query sees
+    far_row = far_row.where(entry < block_stop, T)  # T: a row that no query sees
 
     # the rows of the windows of all queries of a block
-    width = min(window + BLOCK - 1, T + BLOCK)
-    offset = torch.arange(width, dtype=torch.int32, device=device)
-    near_row = first_query + BLOCK - width + offset
-    near_row = near_row.where(near_row >= 0, T)  # (N, width)
+    near_row = first_query + torch.arange(1 - min(window, T), BLOCK, device=device)
+    near_row = near_row.where(near_row >= 0, T)  # (N, window + BLOCK - 1)
 
     row = torch.cat([far_row, near_row.expand(B, -1, -1)], dim=-1)  # (B, N, M)
     row_to_load = row.clamp(max=T - 1)
-    reach = reach[sequence, row_to_load]
+    row_reach = reach[sequence, row_to_load]
     distance = query[:, :, None] - row[:, :, None]  # (B, N, BLOCK, M)
-    visible = (distance >= 0) & (distance < reach[:, :, None])
-    return sequence * T + row_to_load, visible
+    visible = (0 <= distance) & (distance < row_reach[:, :, None])
+    mask = torch.where(visible, 0.0, -torch.inf).to(dtype)
+    return sequence * T + query, sequence * T + row_to_load, mask.flatten(0, 1)[:, None]
 
 
 # ---- Triton --------------------------------------------------------------------------------------
@@ -153,10 +180,31 @@ def _keys_of_blocks(layout, window, sinks):
 #
 # delta is what the softmax's normalisation takes back: rowsum(p * dp) = do . (p v) = do . out.
 #
-# Tensors are contiguous, and the grid is (H, blocks, B). Indices are clamped where other kernels
-# mask loads and stores: a load past the end repeats a row of the block, and a store past the end
-# stores what that row stores. In FAR, START, STOP and REACH, a text's numbers begin at `text`; in
-# the other tensors, a head's rows begin at `head`.
+# What one program does, with window 3, 1 sink, 4 separators, 4 queries or keys a program and tiles
+# of 2 (64 in truth). The program of the queries 12 to 15 visits keys in three loops, 1, 2 and 3:
+#
+#     position    0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
+#     token       s  o  ,  a  ,  b  ,  c  d  ,  e  .  f  g  h  i
+#     query 12    2     2     2     1        1  3  3  3  .  .  .       .  loaded, and masked
+#     query 13    2     2     2     1        1  .  3  3  3  .  .
+#     query 14    2     .     2     1        1  .  3  3  3  3  .
+#     query 15    2     .     2     1        1  .  3  .  3  3  3
+#
+# Loop 1 takes whole tiles of separators that all four see, and needs no mask; loop 2 what is left,
+# and the sinks; loop 3 the rows of the windows, where the full stop at 11 is seen further.
+#
+# dk and dv: keys come in the order of far, 0 2 4 6 | 9 11 15 14 | 13 12 10 8 | 7 5 3 1. A program
+# loops over the queries from the first of its keys to the last end, here 9 to 15 and 8 to 15:
+#
+#     query      9 10 11 12 13 14 15                query      8  9 10 11 12 13 14 15
+#     key  9 ,   x  x  x  x  x  x  x                key 13 g   .  .  .  .  .  x  x  x
+#     key 11 .   .  .  x  x  x  x  x                key 12 f   .  .  .  .  x  x  x  .
+#     key 15 i   .  .  .  .  .  .  x                key 10 e   .  .  x  x  x  .  .  .
+#     key 14 h   .  .  .  .  .  x  x                key  8 d   x  x  x  .  .  .  .  .
+#
+# Tensors are contiguous, and the grid is (H, blocks, B). Indices are clamped, not masked: what is
+# past the end repeats the last row, loads and stores alike. In FAR, START, STOP and REACH, a text's
+# numbers begin at `text`; in the other tensors, a head's rows begin at `head`.
 
 if triton is None:
     def jit(function):
@@ -166,8 +214,7 @@ else:
     jit = triton.jit
     # integers do not become part of the compiled program: one compilation serves all lengths
     kernel = triton.jit(do_not_specialize=["T", "window", "sinks"])
-    LOG2E = tl.constexpr(math.log2(math.e))
-    STAGES = tl.constexpr(3)  # tiles in flight or in use
+    LOG2E = tl.constexpr(1.4426950408889634)
     INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -181,13 +228,21 @@ def _dot(a, b):
 
 
 @jit
+def _scores(a, b, visible):
+    """The products of the rows of two tiles; visible None: no mask."""
+    scores = _dot(a, tl.trans(b))
+    if visible is not None:
+        scores = tl.where(visible, scores, float("-inf"))
+    return scores
+
+
+@jit
 def _load(X, row, D: tl.constexpr):
     return tl.load(X + row[:, None] * D + tl.arange(0, D))
 
 
 @jit
 def _store(X, row, x, D: tl.constexpr):
-    x = x.to(X.dtype.element_ty)
     tl.store(X + row[:, None] * D + tl.arange(0, D), x)
 
 
@@ -204,20 +259,21 @@ def _my_block(T, BLOCK: tl.constexpr):
 
 
 @jit
-def _over_keys(step: tl.constexpr, state, given, K, V, FAR, START, STOP, REACH,
+def _over_keys(step: tl.constexpr, sums, of_queries, K, V, FAR, START, STOP, REACH,
                t, text, head, window, sinks, T, D: tl.constexpr, TILE: tl.constexpr):
-    """state = step(state, given, k, v, visible) for all keys of the queries t (BLOCK,).
+    """sums = step(sums, of_queries, k, v, visible) for all keys that the queries t (BLOCK,) see.
 
-    The first two loops are over what has left the window of the first query: its sinks, and the
-    entries of far up to its `stop`. All queries see those between the largest `start` and `stop`,
-    so whole tiles of them, which end at `stop`, need no mask. They are the first loop:
+    of_queries: what step knows of the queries; visible None: all of them see the whole tile.
 
-        smallest start       largest start     masked_stop                              stop
-        [ some queries see these | all see these [ tiles that need no mask                 )
+    Loops 1 and 2 are over what has left the window of the first query: the entries of far up to its
+    `stop`, and its sinks. All queries see the entries from the largest `start` on:
 
-    The second loop takes those left of them, and the sinks; no `start` is below those. The third
-    is over the rows of the windows. What only a later query sees as far is still among them, and
-    its reach says so.
+        smallest start            largest start        masked_stop                        stop
+        | some queries see these  | all see these      | whole tiles, which need no mask  |
+        |                      loop 2                  |             loop 1               |
+
+    The sinks are entries left of these, and are taken at the end of loop 2. What has left the
+    window of a later query only is among the rows of loop 3, and its reach says that it is seen.
     """
     K += head * D
     V += head * D
@@ -230,37 +286,35 @@ def _over_keys(step: tl.constexpr, state, given, K, V, FAR, START, STOP, REACH,
     start = tl.minimum(start, stop)
     n_full = (stop - tl.max(start, 0)) // TILE
     masked_stop = stop - n_full * TILE
-    # a gathered loop needs two stages more, since it loads the numbers of its rows first
-    for entry0 in tl.range(masked_stop, stop, TILE, num_stages=STAGES + 2):
+    # num_stages: tiles in flight. Loops 1 and 2 load the numbers of their rows first: two more.
+    for entry0 in tl.range(masked_stop, stop, TILE, num_stages=5):
         row = tl.load(FAR + entry0 + tile)
-        state = step(state, given, _load(K, row, D), _load(V, row, D), None)
+        sums = step(sums, of_queries, _load(K, row, D), _load(V, row, D), None)
 
-    # the sinks, the first entries of far, count as those from masked_stop on
+    # behind masked_stop come the sinks, which are the entries 0, 1, ... of far
     end = masked_stop + tl.minimum(sinks, stop)
-    for entry0 in tl.range(tl.min(start, 0), end, TILE, num_stages=STAGES + 2):
+    for entry0 in tl.range(tl.min(start, 0), end, TILE, num_stages=5):
         entry = entry0 + tile
         to_load = tl.where(entry < masked_stop, entry, entry - masked_stop)
         row = tl.load(FAR + tl.minimum(to_load, T - 1))
         visible = (entry >= start[:, None]) & (entry < end)
-        state = step(state, given, _load(K, row, D), _load(V, row, D), visible)
+        sums = step(sums, of_queries, _load(K, row, D), _load(V, row, D), visible)
 
     first_row = tl.maximum(first - window + 1, 0)
-    for row0 in tl.range(first_row, tl.max(t, 0) + 1, TILE, num_stages=STAGES):
+    for row0 in tl.range(first_row, tl.max(t, 0) + 1, TILE, num_stages=3):
         row = row0 + tile
         to_load = tl.minimum(row, T - 1)
         end_query = row + tl.load(REACH + to_load)
         visible = (row <= t[:, None]) & (t[:, None] < end_query)
-        state = step(state, given, _load(K, to_load, D), _load(V, to_load, D), visible)
-    return state
+        sums = step(sums, of_queries, _load(K, to_load, D), _load(V, to_load, D), visible)
+    return sums
 
 
 @jit
-def _softmax_step(state, q, k, v, visible):
-    acc, m_i, l_i = state
+def _softmax_step(sums, q, k, v, visible):
+    acc, m_i, l_i = sums
     scale: tl.constexpr = k.shape[1] ** -0.5 * LOG2E
-    qk = _dot(q, tl.trans(k))  # (BLOCK, TILE)
-    if visible is not None:
-        qk = tl.where(visible, qk, float("-inf"))
+    qk = _scores(q, k, visible)
     m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
     alpha = tl.exp2(m_i - m_new)
     p = tl.exp2(qk * scale - m_new[:, None])
@@ -288,12 +342,10 @@ def _forward(Q, K, V, FAR, START, STOP, REACH, OUT, LSE, window, sinks,
 
 
 @jit
-def _dq_step(dq, given, k, v, visible):
-    q, do, lse, delta = given
+def _dq_step(dq, of_queries, k, v, visible):
+    q, do, lse, delta = of_queries
     scale: tl.constexpr = k.shape[1] ** -0.5 * LOG2E
-    qk = _dot(q, tl.trans(k))  # (BLOCK, TILE)
-    if visible is not None:
-        qk = tl.where(visible, qk, float("-inf"))
+    qk = _scores(q, k, visible)
     p = tl.exp2(qk * scale - lse[:, None])
     dp = _dot(do, tl.trans(v))
     ds = p * (dp - delta[:, None])
@@ -341,7 +393,7 @@ def _backward_dkdv(Q, K, V, FAR, REACH, LSE, DO, DELTA, DK, DV,
     v = _load(V + head * D, row, D)
     dk = tl.zeros([BLOCK, D], tl.float32)
     dv = tl.zeros([BLOCK, D], tl.float32)
-    for t0 in tl.range(tl.min(row, 0), tl.max(end, 0), TILE, num_stages=STAGES):
+    for t0 in tl.range(tl.min(row, 0), tl.max(end, 0), TILE, num_stages=3):
         t = t0 + tl.arange(0, TILE)
         visible = (t >= row[:, None]) & (t < end[:, None])
         t = tl.minimum(t, T - 1)
@@ -349,8 +401,7 @@ def _backward_dkdv(Q, K, V, FAR, REACH, LSE, DO, DELTA, DK, DV,
         do = _load(DO + head * D, t, D)
         lse = tl.load(LSE + head + t)
         delta = tl.load(DELTA + head + t)
-        qkT = _dot(k, tl.trans(q))  # (BLOCK, TILE)
-        qkT = tl.where(visible, qkT, float("-inf"))
+        qkT = _scores(k, q, visible)
         pT = tl.exp2(qkT * scale - lse)
         dv += _dot(pT.to(do.dtype), do)
         dpT = _dot(v, tl.trans(do))
@@ -360,7 +411,8 @@ def _backward_dkdv(Q, K, V, FAR, REACH, LSE, DO, DELTA, DK, DV,
     _store(DV + head * D, row, dv, D)
 
 
-# -- launches
+# -- launches: the forward and the backward as two operators of PyTorch. torch.compile takes those
+# as they are; it could not trace an autograd.Function that calls Triton's interpreter.
 
 
 def _launch(program, q, *args):
@@ -372,47 +424,45 @@ def _launch(program, q, *args):
         block = tile = 16
     grid = H, triton.cdiv(T, block), B
     with torch.cuda.device_of(q):
-        program[grid](q, *args, T, D, block, tile, num_warps=4, enable_fp_fusion=True)
+        # fp_fusion: a * b + c is one instruction; not every version of Triton does so unasked
+        program[grid](q, *args, T, D, block, tile, enable_fp_fusion=True)
+
+
+def _new_output(q, *_):
+    """Memory for the output (B, H, T, D), and for the log-sum-exp in base 2, (B, H, T) float32."""
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @library.custom_op("nanosep::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, layout: list[Tensor],
                window: int, sinks: int) -> tuple[Tensor, Tensor]:
-    """The output (B, H, T, D) and the log-sum-exp of the scores in base 2, (B, H, T) float32."""
-    out = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = _new_output(q)
     _launch(_forward, q, k, v, *layout, out, lse, window, sinks)
     return out, lse
+
+
+def _new_gradients(do, q, k, v, *_):
+    """Memory for dq, dk and dv."""
+    return tuple(map(torch.empty_like, (q, k, v)))
 
 
 @library.custom_op("nanosep::attention_backward", mutates_args=())
 def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: list[Tensor],
                         window: int, sinks: int, out: Tensor,
                         lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv. `_backward_dq` writes delta, which `_backward_dkdv` reads."""
     far, _, _, reach = layout
     do = do.contiguous()
-    dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+    dq, dk, dv = _new_gradients(do, q, k, v)
+    delta = torch.empty_like(lse)  # written by the first kernel, read by the second
     _launch(_backward_dq, q, k, v, *layout, out, lse, do, dq, delta, window, sinks)
     _launch(_backward_dkdv, q, k, v, far, reach, lse, do, delta, dk, dv)
     return dq, dk, dv
 
 
-@_attention.register_fake
-def _(q, *_):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@_attention_backward.register_fake
-def _(do, q, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
 def _save_for_backward(ctx, inputs, output):
     q, k, v, layout, ctx.window, ctx.sinks = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, *layout, out, lse)
-    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, *layout, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, do, _):
@@ -421,4 +471,7 @@ def _backward(ctx, do, _):
     return *gradients, [None] * len(layout), None, None
 
 
+# what torch.compile sees instead of the kernels, and how the two belong together
+_attention.register_fake(_new_output)
+_attention_backward.register_fake(_new_gradients)
 _attention.register_autograd(_backward, setup_context=_save_for_backward)

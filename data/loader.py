@@ -2,14 +2,14 @@
 
 `prepare.py` writes such folders. nanoGPT's folders of GPT-2 tokens are read as they are.
 """
-import json
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from sep_cache import require
+from data.tokenizer import read_json
+from options import require
 
 # ! , . : ; ? and line breaks as GPT-2 writes them: alone, doubled, or after a space
 GPT2_META = dict(
@@ -31,8 +31,6 @@ def load_data(name):
         vocab_size   number of different tokens
         dtype        uint8, uint16 or uint32, of the tokens in the .bin files
         separators   token ids
-        answers      token ids; if there are any, the loss is taken where one of them is the target
-        record       batches start at multiples of this many tokens (default 1: anywhere)
 
     and their checksums, so that a training can tell whether its data has changed. OSError and
     ValueError for files that are missing or cannot be used.
@@ -40,8 +38,12 @@ def load_data(name):
     folder = find_data(name)
     meta = GPT2_META
     if (folder / "meta.json").exists():
-        meta = json.loads((folder / "meta.json").read_text())
-    meta = dict(answers=[], record=1, checksums=[]) | meta
+        meta = read_json(folder / "meta.json")
+    else:
+        require(not (folder / "meta.pkl").exists(), f"{folder} holds nanoGPT's characters; prepare "
+                f"their text with: python data/prepare.py --text {folder / 'input.txt'}")
+    require(GPT2_META.keys() <= meta.keys(), f"{folder}/meta.json is not of data/prepare.py")
+    meta = meta | dict(checksums=[])
     parts = []
     for path in (folder / "train.bin", folder / "val.bin"):
         tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
@@ -52,20 +54,15 @@ def load_data(name):
     return *parts, meta
 
 
-def get_batch(tokens, meta, batch_size, block_size, rng):
+def get_batch(tokens, batch_size, block_size, rng):
     """Random stretches of the text: x and its targets y, each (batch_size, block_size) int64.
 
-    y is x one token later, and -1 where no loss is taken. `rng`: a NumPy generator.
+    y is x one token later. `rng`: a NumPy generator.
     """
-    record = meta["record"]
-    n_starts = (len(tokens) - block_size - 1) // record + 1
+    n_starts = len(tokens) - block_size
     require(n_starts > 0, f"the data has {len(tokens)} tokens in one part, and block_size "
             f"{block_size} needs one more than itself")
-    starts = rng.integers(n_starts, size=batch_size) * record
+    starts = rng.integers(n_starts, size=batch_size)
     stretches = np.stack([tokens[start:start + block_size + 1] for start in starts])
     stretches = torch.from_numpy(stretches.astype(np.int64))  # (batch_size, block_size + 1)
-    x = stretches[:, :-1]
-    y = stretches[:, 1:].clone()  # x stays as it is when targets are struck out below
-    if meta["answers"]:
-        y[~torch.isin(y, torch.tensor(meta["answers"]))] = -1
-    return x, y
+    return stretches[:, :-1], stretches[:, 1:]

@@ -6,111 +6,89 @@
     python data/prepare.py --text FILE --tokenizer FOLDER
                                                   in tokens of a pretrained model's tokenizer.json
 
-Without a tokenizer, tokens are bytes: every text is valid, and nothing has to be learned before
-training. Texts are read in pieces, and the last tenth of each is for validation. A folder with
-nanoGPT's uint16 train.bin and val.bin needs no preparation.
+Without a tokenizer, tokens are bytes. The last tenth of every text is for validation; a file is cut
+into texts of about 256 KB. A folder with nanoGPT's uint16 train.bin and val.bin needs no
+preparation.
 """
 import argparse
 import ast
-import codecs
 import inspect
 import json
 import os
 import random
-import shutil
 import sys
-import tempfile
 import warnings
-from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for pretrained.py
-
-PIECE_SIZE = 1 << 18  # bytes of a text that are read at once
-
-
-class ByteTokenizer:
-    """Tokens are bytes. `pretrained.Tokenizer` has the same methods."""
-    vocab_size = 256
-    eos_ids = ()  # no token ends a text
-
-    def encode(self, text, is_first=True):
-        """The ids of a text (bytes). is_first: of its first piece, which may get a begin token."""
-        return list(text)
-
-    def separators(self, characters=".,?!;:\n"):
-        return tuple(characters.encode())
-
-    def decoder(self):
-        return ByteDecoder("replace")
+if not __package__:  # as a script, Python looks for modules in data/ alone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.tokenizer import ByteTokenizer, Tokenizer, read_pieces
+from options import require, run_script
 
 
-class ByteDecoder(codecs.getincrementaldecoder("utf-8")):
-    """Text from ids as they come; a character whose bytes are not all there yet waits for them."""
+def prepare(folder, texts, tokenizer_folder=None):
+    """Write a data folder from texts, an iterator of str. Raises OSError and ValueError.
 
-    def step(self, ids):
-        return self.decode(bytes(ids))
-
-    def flush(self):
-        return self.decode(b"", True)
-
-
-def prepare(folder, texts, tokenizer_folder=None, **meta):
-    """Write a data folder from texts, an iterator of bytes; meta: further entries of meta.json.
-
-    Nothing is replaced before all of it is there. Raises OSError and ValueError.
+    Nothing is written before all texts have been read, and train.bin, without which the folder is
+    not used, comes last.
     """
-    tokenizer = ByteTokenizer()
+    tokenizer, tokenizer_json = ByteTokenizer(), b""
     if tokenizer_folder:
-        from pretrained import Tokenizer  # needs torch, which bytes do not
         tokenizer = Tokenizer(tokenizer_folder)
+        tokenizer_json = Path(tokenizer_folder, "tokenizer.json").read_bytes()
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    meta.update(vocab_size=tokenizer.vocab_size, dtype=dtype.name,
+    meta = dict(vocab_size=tokenizer.vocab_size, dtype=dtype.name,
                 separators=tokenizer.separators())
+    parts = {"val.bin": [], "train.bin": []}
+    for text in texts:
+        end = len(text) * 9 // 10
+        end = text.rfind("\n", len(text) * 8 // 10, end) + 1 or end  # of a line, if one ends there
+        for name, part in (("train.bin", text[:end]), ("val.bin", text[end:])):
+            parts[name].append(np.array(tokenizer.encode(part, False), dtype))
+    require(sum(map(len, parts["val.bin"])), "there is too little text")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as new_folder:
-        new = Path(new_folder)
-        with open(new / "train.bin", "wb") as train, open(new / "val.bin", "wb") as val:
-            for text in texts:
-                n_train = len(text) * 9 // 10
-                for file, part in ((train, text[:n_train]), (val, text[n_train:])):
-                    file.write(np.array(tokenizer.encode(part, False), dtype).tobytes())
-            if not val.tell():
-                raise ValueError("there is too little text")
-        (new / "meta.json").write_text(json.dumps(meta))
-        if tokenizer_folder:  # whoever samples from a model trained on it needs it
-            shutil.copy(Path(tokenizer_folder, "tokenizer.json"), new)
-        (folder / "tokenizer.json").unlink(missing_ok=True)
-        for file in new.iterdir():
-            file.replace(folder / file.name)
+    (folder / "train.bin").unlink(missing_ok=True)
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    if tokenizer_json:  # whoever samples from a model trained on it needs it
+        (folder / "tokenizer.json").write_bytes(tokenizer_json)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for name, tokens in parts.items():
+        np.concatenate(tokens).tofile(folder / name)
 
 
-# ---- sources: each yields texts, as bytes
+# ---- sources: each yields texts
 
 
-def read_files(path):
-    """A file or pipe, or all files below a folder; no name may begin with a dot (.git, .venv)."""
-    files = [path]
-    if path.is_dir():
-        names = glob("**", root_dir=path, recursive=True)  # none with a dot in front
-        files = [path / name for name in sorted(names) if (path / name).is_file()]
-    for name in tqdm(files, "reading"):
-        with open(name, "rb") as file:
+def read_files(path, out):
+    """A file or pipe, or all that is UTF-8 below a folder: no links, hidden files, or what is in
+    the folder `out`."""
+    if not path.is_dir():
+        with open(path, "rb") as file:
             yield from read_pieces(file)
-
-
-def read_pieces(file):
-    """A binary file in pieces of about PIECE_SIZE bytes, cut at the ends of lines."""
-    while piece := file.read(PIECE_SIZE) + file.readline(PIECE_SIZE):
-        yield piece
+        return
+    n_skipped = 0
+    for file in tqdm(sorted(path.rglob("*")), "reading"):
+        is_hidden = any(part[0] == "." for part in file.relative_to(path).parts)
+        if is_hidden or not file.is_file() or out.resolve() in file.resolve().parents:
+            continue
+        try:
+            text = file.read_bytes().decode()
+        except UnicodeDecodeError:
+            text = "\0"
+        if "\0" in text or file.is_symlink():
+            n_skipped += 1
+        else:
+            yield text
+    if n_skipped:
+        print(f"skipped {n_skipped} files that are links or no UTF-8 text", file=sys.stderr)
 
 
 def read_docs():
-    """The strings of four lines or more in the code of the standard library, NumPy and torch, once.
+    """Each string of four lines or more in the code of the standard library, NumPy and torch, once.
 
     Nearly all of them are documentation.
     """
@@ -129,7 +107,7 @@ def read_docs():
         texts.update((inspect.cleandoc(node.value), None) for node in nodes
                      if isinstance(node, ast.Constant) and isinstance(node.value, str)
                      and node.value.count("\n") > 2)
-    yield "\n\n".join(texts).encode(errors="replace")
+    yield "\n\n".join(texts)
 
 
 def main():
@@ -142,16 +120,12 @@ def main():
     parser.add_argument("--out", type=Path,
                         help="the folder to write (default: data/<name of the text>)")
     args = parser.parse_args()
-    name, texts = "docs", read_docs()
-    if args.text:
-        name, texts = args.text.resolve().stem, read_files(args.text)
+    name = args.text.resolve().stem if args.text else "docs"
     folder = args.out or Path(__file__).parent / name
-    try:
-        prepare(folder, texts, args.tokenizer)
-    except (OSError, ValueError, KeyboardInterrupt) as error:
-        sys.exit(f"prepare.py: {str(error) or 'stopped'}")
+    texts = read_files(args.text, folder) if args.text else read_docs()
+    prepare(folder, texts, args.tokenizer)
     print(f"{folder} is ready; train on it with: python train.py --data {folder}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
