@@ -5,7 +5,7 @@ Where there is no GPU, the kernel runs in Triton's interpreter.
 import multiprocessing
 import os
 import random
-import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,14 +18,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # of the processes that tests start
 
 TEXT = ("It is a truth universally acknowledged, that a single man in possession of a good "
         "fortune, must be in want of a wife. However little known the feelings may be; this truth "
         "is well fixed!\n") * 40
-# options of a model that trains in a second
-SHAPE = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--window", 8, "--block_size", 32,
-         "--batch_size", 4, "--eval_every", 20]
+# options of a model that trains in a second, everywhere in the same way
+SHAPE = ("--n_layer 1 --n_head 2 --n_embd 16 --window 8 --block_size 32 --batch_size 4 "
+         "--eval_every 20 --device cpu --no-compile").split()
 
 
 @pytest.fixture
@@ -56,8 +55,7 @@ def data(tmp_path_factory):
     """A data folder with TEXT. Tests share it: they read it only."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "some.txt").write_text(TEXT)
-    code, _, err = run("data/prepare.py", "--text", folder / "some.txt", "--out", folder / "text")
-    assert code == 0, err
+    succeed("data/prepare.py", "--text", folder / "some.txt", "--out", folder / "text")
     return folder / "text"
 
 
@@ -65,35 +63,33 @@ def data(tmp_path_factory):
 def checkpoint(data, tmp_path_factory):
     """A small trained model with full attention. Tests share it: they read it only."""
     out_dir = tmp_path_factory.mktemp("full")
-    code, _, err = run("train.py", "--data", data, "--out_dir", out_dir, "--attn", "full",
-                       "--max_steps", 40, *SHAPE)
-    assert code == 0, err
+    succeed("train.py --attn full --max_steps 40", "--data", data, "--out_dir", out_dir, *SHAPE)
     return out_dir / "ckpt.pt"
 
 
-def start(script, *options, **how):
-    """Start a script of the repository, on one thread, with pipes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **how.pop("env", {})}
-    options = [option if isinstance(option, bytes) else str(option) for option in options]
-    command = [sys.executable, str(ROOT / script), *options]
-    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.Popen(command, env=environment, text=True, **pipes | how)
+def succeed(command, *options):
+    """Run a script that must succeed: (stdout, stderr)."""
+    code, out, err = run(command, *options)
+    assert code == 0, err
+    return out, err
 
 
-def run(script, *options, stdin=None):
+def run(command, *options, **how):
     """Run a script to its end: (exit code, stdout, stderr).
 
+    command: the script, and words that follow the options, so that they count where both set one.
     In a fork of a process that has loaded PyTorch, so that not every script takes two seconds to
-    load it; with stdin in a process of its own.
+    load it; with settings of `start` in a process of its own.
     """
-    if stdin is not None:
-        process = start(script, *options, stdin=stdin)
+    if how:
+        process = start(command, *options, **how)
         out, err = process.communicate(timeout=300)
         code = process.returncode
     else:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder, "out"), Path(folder, "err")
-            process = forks.Process(target=run_in_fork, args=(script, options, *output))
+            words = words_of(command, options)
+            process = forks.Process(target=run_in_fork, args=(words, *output))
             process.start()
             process.join(timeout=300)
             code = process.exitcode
@@ -102,13 +98,40 @@ def run(script, *options, stdin=None):
     return code, out, err
 
 
-def run_in_fork(script, options, *output):
+def words_of(command, options):
+    """What a shell would give to Python."""
+    script, *words = command.split()
+    return [str(ROOT / script), *map(str, options), *words]
+
+
+def start(command, *options, **how):
+    """Start a script of the repository, with pipes."""
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, *words_of(command, options)], text=True,
+                            preexec_fn=heed_signals, **pipes | how)
+
+
+def heed_signals():
+    """As where a terminal starts a program: nohup, or the background of a script, ignores these."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def run_in_fork(words, *output):
+    """As Python runs a script: it finds modules in the script's folder, which is no package."""
     for number, path in enumerate(output, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.argv = [script, *(os.fsdecode(x) if isinstance(x, bytes) else str(x) for x in options)]
-    torch.set_num_threads(1)
-    runpy.run_path(str(ROOT / script), run_name="__main__")
+    script = words[0]
+    ours = ROOT, ROOT / "tests"
+    others = [entry for entry in sys.path if Path(entry).resolve() not in ours]
+    sys.path = [os.path.dirname(script), *others]
+    sys.argv = words
+    names = {"__name__": "__main__", "__file__": script, "__package__": None}
+    exec(compile(Path(script).read_text(), script, "exec"), names)
 
 
+# of the scripts that tests start; they wait with their output as they do for users
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["conftest", "train", "sample"])
+forks.set_forkserver_preload(
+    ["pytest", "torch._dynamo", "triton", "safetensors.torch", "tokenizers"])

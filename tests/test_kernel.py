@@ -1,15 +1,19 @@
 """The Triton kernel against float64: on the GPU if there is one, else in Triton's interpreter."""
 import functools
 import random
+import warnings
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
+from test_mask import definition_mask, error, masked_attention, out_and_gradients, random_config
 from torch import library
 
 import model
-from model import GPT
-from sep_cache import SepConfig, far_layout
-from sep_kernel import _attention, sep_attention
+from model import GPT, cached_attention
+from sep_kernel import _attention, kernel_can_run, sep_attention
+from sep_mask import SepConfig, far_layout
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,65 +28,21 @@ def fresh_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def visible_keys(ids, config):
-    """Which keys each query sees, (B, 1, T, T) bool: the definition, without reach or a list."""
-    T = ids.shape[1]
-    positions = torch.arange(T, device=ids.device)
-    distance = positions[:, None] - positions  # (T, T)
-    kept = torch.zeros_like(ids, dtype=torch.bool)
-    if config.attn == "sep":
-        kept = torch.isin(ids, torch.tensor(config.separators, device=ids.device))
-    elif config.attn == "fixed":
-        kept = (positions % config.fixed_every == 0).expand(ids.shape)
-    is_sink = positions < config.sinks
-    far = kept[:, None] & ~is_sink & (distance >= config.window)  # (B, T, T)
-    if config.max_seps is not None:
-        age = far.flip(2).cumsum(2).flip(2)  # 1: the latest that has left the window
-        far &= age <= config.max_seps
-    far &= distance < config.block_size
-    near = distance < config.window
-    return ((near | is_sink | far) & (distance >= 0))[:, None]
-
-
-def dense_attention(q, k, v, mask):
-    scores = (q @ k.mT * q.shape[3] ** -0.5).masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ v
-
-
 def random_case(dtype, head_sizes=(16, 32, 64, 128), longest=250):
     """q, k, v and the output's gradient; the layout and mask of the same texts; a config."""
     pick = random.choice
-    config = SepConfig(
-        attn=pick(["sep", "sep", "fixed", "streamingllm"]),
-        window=pick([1, 2, 9, 33, 10 ** 9]),
-        sinks=pick([0, 1, 4, 20]),
-        max_seps=pick([None, 0, 3, 16, 64, 64, 64]),
-        block_size=pick([8, 64, 300, 300]),
-        fixed_every=pick([1, 3, 10]),
-        separators=(1,))
+    config = random_config(
+        max_seps=pick([None, 0, 3, 16, 64]), block_size=pick([8, 64, 300]), separators=(1,))
     B = pick([1, 2])
     H = pick([1, 2])
     D = pick(head_sizes)
     T = pick([1, random.randint(2, 15), random.randint(16, 70), longest, longest, longest])
     share = torch.tensor([[pick([0, 0.1, 0.7, 0.9])] for _ in range(B)])  # of separators
-    ids = (torch.rand(B, T) < share).long().to(DEVICE)
+    ids = (torch.rand(B, T) < share).long()
+    mask = definition_mask(ids, config).to(DEVICE)
     # not contiguous, as a model has them
-    tensors = torch.randn(4, B, T, H, D, device=DEVICE, dtype=dtype)
-    tensors = list(tensors.transpose(2, 3))
-    return tensors, far_layout(ids, config), visible_keys(ids, config), config
-
-
-def out_and_gradients(attention, tensors, *args):
-    q, k, v, do = tensors
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = attention(*leaves, *args)
-    return out.detach(), *torch.autograd.grad(out, leaves, do)
-
-
-def error(results, exact):
-    """The largest error, or NaN."""
-    errors = [(x.double() - e).abs().max() for x, e in zip(results, exact, strict=True)]
-    return torch.stack(errors).max()
+    tensors = torch.randn(4, B, T, H, D, device=DEVICE, dtype=dtype).transpose(2, 3)
+    return tensors, far_layout(ids.to(DEVICE), config), mask, config
 
 
 @pytest.mark.parametrize("dtype, cases", [
@@ -93,8 +53,8 @@ def error(results, exact):
 def test_output_and_gradients_equal_float64(seed, dtype, cases):
     for _ in range(cases):
         tensors, layout, mask, config = random_case(dtype)
-        exact = out_and_gradients(dense_attention, [x.double() for x in tensors], mask)
-        dense = out_and_gradients(dense_attention, tensors, mask)
+        exact = out_and_gradients(masked_attention, tensors.double(), mask)
+        dense = out_and_gradients(masked_attention, tensors, mask)
         kernel = out_and_gradients(
             triton_attention, tensors, layout, config.window, config.sinks)
         # three times the dense form's error in this precision, and 12 roundings of the largest
@@ -115,7 +75,7 @@ def guarded(x):
 def test_nothing_outside_of_the_tensors_is_used(seed):
     for _ in range(12):
         tensors, layout, mask, config = random_case(torch.float32, [16], longest=40)
-        expected = out_and_gradients(dense_attention, tensors, mask)
+        expected = out_and_gradients(masked_attention, tensors, mask)
         tensors = [guarded(x) for x in tensors]
         layout = [guarded(x) for x in layout]
         kernel = out_and_gradients(
@@ -126,8 +86,7 @@ def test_nothing_outside_of_the_tensors_is_used(seed):
 def test_gradients_are_the_same_in_every_run(seed):
     tensors, layout, _, config = random_case(torch.bfloat16, [16])
     args = layout, config.window, config.sinks
-    first = out_and_gradients(triton_attention, tensors, *args)
-    second = out_and_gradients(triton_attention, tensors, *args)
+    first, second = (out_and_gradients(triton_attention, tensors, *args) for _ in range(2))
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
@@ -138,36 +97,20 @@ def test_offsets_beyond_2_to_the_31(seed):
     config = SepConfig(window=16, separators=(1,), block_size=T)
     ids = (torch.arange(T, device=DEVICE) % 5000 == 0).long()[None]
     args = far_layout(ids, config), config.window, config.sinks
-    tensors = [torch.randn(1, H, T, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
-    last = [x[:, -1:] for x in tensors]
+    tensors = torch.randn(4, 1, H, T, 64, device=DEVICE, dtype=torch.bfloat16)
+    last = tensors[:, :, -1:]
     alone = out_and_gradients(triton_attention, last, *args)
     together = out_and_gradients(triton_attention, tensors, *args)
     assert all(a.equal(b[:, -1:]) for a, b in zip(alone, together, strict=True))
 
 
-@pytest.fixture
-def small(seed):
-    """q, k, v and the output's gradient; layout, window and sinks."""
-    config = SepConfig(window=3, sinks=2, max_seps=4, separators=(1,))
-    ids = torch.randint(3, (2, 20), device=DEVICE)
-    tensors = [torch.randn(2, 1, 20, 16, device=DEVICE) for _ in range(4)]
-    return tensors, (far_layout(ids, config), config.window, config.sinks)
-
-
-def test_torch_library_accepts_the_operator(small):
-    tensors, (layout, window, sinks) = small
-    q, k, v = (x.requires_grad_() for x in tensors[:3])
-    library.opcheck(_attention, (q, k, v, list(layout), window, sinks))
-    _, lse = _attention(q, k, v, list(layout), window, sinks)
+def test_torch_library_accepts_the_operator(seed):
+    tensors, layout, _, config = random_case(torch.float32, [16], longest=20)
+    q, k, v, _ = (x.contiguous().requires_grad_() for x in tensors)
+    args = q, k, v, list(layout), config.window, config.sinks
+    library.opcheck(_attention, args)
+    _, lse = _attention(*args)
     assert not lse.requires_grad  # it has no gradient, so none is dropped
-
-
-def test_compiles_without_graph_break(small):
-    tensors, args = small
-    compiled = torch.compile(triton_attention, fullgraph=True, backend="aot_eager")
-    expected = out_and_gradients(triton_attention, tensors, *args)
-    results = out_and_gradients(compiled, tensors, *args)
-    assert all(a.equal(b) for a, b in zip(results, expected, strict=True))
 
 
 def test_a_training_step_compiles_without_graph_break(seed, tiny, monkeypatch):
@@ -175,31 +118,52 @@ def test_a_training_step_compiles_without_graph_break(seed, tiny, monkeypatch):
     gpt = GPT(tiny(n_embd=32)).to(DEVICE)
     ids = torch.randint(12, (2, 16), device=DEVICE)
 
-    def train(network):
+    gradients = []
+    for network in (gpt, torch.compile(gpt, fullgraph=True, backend="aot_eager")):
         gpt.zero_grad()
-        loss = network(ids, ids)[1]
-        loss.backward()
-        return loss.detach(), *(p.grad for p in gpt.parameters())
-
-    expected = train(gpt)
-    results = train(torch.compile(gpt, fullgraph=True, backend="aot_eager"))
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results, expected, strict=True))
+        network(ids, ids)[1].backward()
+        gradients.append([p.grad for p in gpt.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("T, D, dtype, sentence", [
-    (20, 24, torch.float32, "D 24"),
-    (20, 16, torch.float64, "torch.float64"),
-    (1_000_001, 16, torch.float32, "T 1000001"),
+@pytest.mark.parametrize("T, D, dtype", [
+    (20, 24, torch.float32),
+    (20, 16, torch.float64),
+    (1_000_001, 16, torch.float32),
 ])
-def test_what_cannot_be_done_is_a_sentence(small, T, D, dtype, sentence):
-    _, args = small
-    x = torch.zeros(2, 1, 1, D, device=DEVICE, dtype=dtype).expand(-1, -1, T, -1)
-    with pytest.raises(ValueError, match=f"impl='triton' needs .*given: .*{sentence}"):
-        triton_attention(x, x, x, *args)
+def test_what_cannot_be_done_is_a_sentence(T, D, dtype):
+    x = torch.zeros(1, 1, 1, D, device=DEVICE, dtype=dtype).expand(-1, -1, T, -1)
+    layout = [x[:, 0, :, 0].int()] * 4
+    with pytest.raises(ValueError, match=f"needs triton, .*given: D {D}, {dtype}, .*T {T}"):
+        triton_attention(x, x, x, layout, 3)
 
 
-def test_the_kernel_needs_a_gpu_or_the_interpreter(small, monkeypatch):
-    tensors, args = small
+class OnGPU(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+
+def test_a_gpu_that_triton_does_not_support_takes_the_pytorch_form(seed, monkeypatch):
+    (q, k, v, _), layout, _, config = random_case(torch.float32)
+    args = k, v, layout, config.window, config.sinks
+    q_on_gpu = q.as_subclass(OnGPU)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="needs triton, a CUDA device.*given: .*cpu"):
-        triton_attention(*(x.cpu() for x in tensors[:3]), *args)
+    capability = mock.Mock(return_value=(8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    assert kernel_can_run(q_on_gpu) and not kernel_can_run(q.cpu())
+    capability.return_value = 7, 5
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        assert not kernel_can_run(q_on_gpu)
+        out = sep_attention(q_on_gpu, *args)
+    assert sum("compute capability 8.0" in str(x.message) for x in said) == 1
+    assert out.equal(sep_attention(q, *args, impl="torch"))
+
+
+def test_heads_that_share_keys_are_attended_to_as_with_enable_gqa(seed):
+    q = torch.randn(2, 6, 5, 16)
+    k, v = torch.randn(2, 2, 2, 40, 16)
+    mask = torch.randn(2, 1, 5, 40)
+    expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    assert torch.allclose(cached_attention(q, k, v, mask), expected, atol=1e-5)
