@@ -7,21 +7,25 @@ tokens that separators receive, over their share of the keys there. The first fo
 draw attention by their position, are left out of it and shown apart. The control is the lift of the
 most frequent words, as many. Draws experiments/figures/attention.svg and sentence.svg.
 """
-import argparse
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
-import matplotlib
 import torch
-from far_keys import GPT, T, Tokenizer, mean_and_error, read_texts
+from common import T, new_parser, print_head, print_row, read_texts, with_errors
+from matplotlib.colors import LogNorm
 from plotting import GREY, new_figure, save_figure
 from tqdm import tqdm
 
+from data.tokenizer import load_tokenizer
+from pretrained import load_model
+
 N_FIRST = 4
+COLUMNS = ["separators, lift beyond 8", "frequent words, lift beyond 8",
+           "separators, lift beyond 64", "frequent words, lift beyond 64",
+           "attention to the first 4 tokens"]
 LATER = 4  # so many tokens on, attention is no longer to the neighbours
-SENTENCE = (b"The old man put his hat on the table, looked at the letter, and said nothing. His "
-            b"daughter, who had waited all day, asked: what does it say?")
+SENTENCE = ("The old man put his hat on the table, looked at the letter, and said nothing. His "
+            "daughter, who had waited all day, asked: what does it say?")
 
 
 @torch.inference_mode()
@@ -48,7 +52,7 @@ def frequent_words(tokenizer, ids, is_separator):
     is_word = torch.zeros_like(is_separator)
     words = []
     for token, count in Counter(ids.tolist()).most_common():
-        word = tokenizer.tokenizer.decode([token]).strip()
+        word = tokenizer.decode([token]).strip()
         if word.isalpha() and count <= n_left:
             n_left -= count
             is_word[token] = True
@@ -66,47 +70,39 @@ def lift(weights, chosen, beyond):
     return share_of_attention / (pairs_of_key[chosen].sum() / pairs_of_key.sum())
 
 
-def measure(model, ids, tables):
-    """{what: (layers, H)} of one text."""
-    results = {}
+def measure(model, ids, is_separator, is_word):
+    """What COLUMNS names, of one text, (columns, layers, H)."""
+    columns = []
     for weights in attention_weights(model, ids):
-        for beyond in (8, 64):
-            for name, table in tables.items():
-                values = lift(weights, table[ids[0]], beyond)
-                results.setdefault(f"{name}, lift beyond {beyond}", []).append(values)
-        first = weights[:, T // 2:, :N_FIRST].sum(-1).mean(1)
-        results.setdefault(f"attention to the first {N_FIRST} tokens", []).append(first)
-    return {name: torch.stack(values) for name, values in results.items()}
+        lifts = [lift(weights, table[ids[0]], beyond) for beyond in (8, 64)
+                 for table in (is_separator, is_word)]
+        to_first = weights[:, T // 2:, :N_FIRST].sum(-1).mean(1)
+        columns.append(torch.stack([*lifts, to_first]))
+    return torch.stack(columns, dim=1)
 
 
 def print_table(results):
-    """results: {what: (texts, layers, H)}."""
-    print(f"\n| layers | {' | '.join(results)} |\n| --- {'| --- ' * len(results)}|")
-    n_layer = next(iter(results.values())).shape[1]
-    for start in range(0, n_layer, 5):
-        cells = [f"{values[:, start:start + 5].mean():.2f}" for values in results.values()]
-        print(f"| {start}-{min(start + 5, n_layer) - 1} | {' | '.join(cells)} |")
-    cells = []
-    for values in results.values():
-        mean, error = mean_and_error(values.mean((1, 2)))
-        cells.append(f"{mean:.2f} ± {error:.2f}")
-    print(f"| all | {' | '.join(cells)} |")
-    cells = [f"{(values.mean(0) > 2).float().mean():.0%}" for values in results.values()]
-    print(f"| heads above 2 | {' | '.join(cells)} |")
+    """results: (columns, texts, layers, H)."""
+    print_head("layers", *COLUMNS)
+    for start in range(0, results.shape[2], 5):
+        layers = results[:, :, start:start + 5]
+        means = layers.mean((1, 2, 3))
+        print_row(f"{start}-{start + layers.shape[2] - 1}", *[f"{mean:.2f}" for mean in means])
+    print_row("all", *with_errors(results.mean((2, 3)), ".2f"))
+    shares = (results.mean(1) > 2).float().mean((1, 2))
+    print_row("heads above 2", *[f"{share:.0%}" for share in shares])
 
 
 def draw_heads(results):
-    shown = [name for name in results if "64" not in name]
+    shown = [(COLUMNS[i], results[i].mean(0).T) for i in (0, 1, 4)]  # (H, layers)
     figure, axes = new_figure(len(shown), height=2.1, sharex=True)
-    for ax, name in zip(axes, shown, strict=True):
-        colors = dict(cmap="viridis", vmin=0, vmax=1)
+    for ax, (name, values) in zip(axes, shown, strict=True):
         if "lift" in name:
-            colors = dict(cmap="RdBu_r", norm=matplotlib.colors.LogNorm(1 / 8, 8))
-        mesh = ax.pcolormesh(results[name].mean(0).T, **colors)
-        bar = figure.colorbar(mesh, ax=ax)
-        if "lift" in name:
-            bar.set_ticks([1 / 8, 1 / 2, 1, 2, 8], labels=["1/8", "1/2", "1", "2", "8"])
+            mesh = ax.pcolormesh(values, cmap="RdBu_r", norm=LogNorm(1 / 8, 8))
+            bar = figure.colorbar(mesh, ax=ax, ticks=[1 / 8, 1 / 2, 1, 2, 8], format="%g")
             bar.minorticks_off()
+        else:
+            figure.colorbar(ax.pcolormesh(values, vmin=0, vmax=1), ax=ax)
         ax.set(title=name, ylabel="head")
     axes[-1].set_xlabel("layer")
     save_figure(figure, "attention")
@@ -116,7 +112,7 @@ def draw_sentence(model, tokenizer):
     """How much attention each token of a sentence receives from a later one, on average."""
     ids = torch.tensor([tokenizer.encode(SENTENCE)])
     n = ids.shape[1] - 2 * LATER  # tokens with enough later ones
-    names = [tokenizer.tokenizer.decode([token]) for token in ids[0, :n].tolist()]
+    names = [tokenizer.decode([token]) for token in ids[0, :n].tolist()]
     weights = torch.stack(attention_weights(model, ids)).mean((0, 1))  # (T, T)
     n_later = ids.shape[1] - LATER - torch.arange(n)
     received = weights.tril(-LATER).sum(0)[:n] / n_later
@@ -130,25 +126,17 @@ def draw_sentence(model, tokenizer):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a pretrained model")
-    parser.add_argument("--text", type=Path, required=True, help="a text file of books")
-    parser.add_argument("--texts", type=int, default=8, help="how many (default: 8)")
-    args = parser.parse_args()
-    tokenizer = Tokenizer(args.model)
-    model = GPT.from_pretrained(args.model, attn="full")
-    texts = read_texts(args.model, args.text, args.texts)
+    args = new_parser(__doc__, "model", "text", texts=8).parse_args()
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model)
+    model.configure(attn="full")  # it keeps the separators
+    texts = read_texts(tokenizer, args.text, args.texts)
     is_separator = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     is_separator[list(model.config.separators)] = True
     all_ids = torch.cat(texts, dim=1)[0]
     is_word, words = frequent_words(tokenizer, all_ids, is_separator)
-    tables = {"separators": is_separator, "frequent words": is_word}
-    results = {}
-    for ids in tqdm(texts, "texts"):
-        for name, values in measure(model, ids, tables).items():
-            results.setdefault(name, []).append(values)
-    results = {name: torch.stack(values) for name, values in results.items()}
+    results = [measure(model, ids, is_separator, is_word) for ids in tqdm(texts, "texts")]
+    results = torch.stack(results, dim=1)  # (columns, texts, layers, H)
     print(f"{is_separator[all_ids].sum()} separators and {is_word[all_ids].sum()} frequent words "
           f"({', '.join(words)} ...) of {len(all_ids)} tokens")
     print_table(results)

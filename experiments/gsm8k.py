@@ -7,7 +7,6 @@ into a cache, and for each problem goes on from a copy of it. Prints the loss on
 of 200 problems and on the final numbers alone, as the difference to full attention, with its
 standard error over problems.
 """
-import argparse
 import copy
 import json
 import re
@@ -15,9 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from far_keys import GPT, Tokenizer, mean_and_error
+from common import new_parser, print_head, print_row, with_errors
 from tqdm import tqdm
 
+from data.tokenizer import load_tokenizer
+from pretrained import load_model
 from sep_cache import make_cache
 
 PROMPT = Path(__file__).with_name("gsm8k_prompt.txt")
@@ -43,44 +44,37 @@ def loss_of_answer(model, cache, last_logits, tokenizer, problem):
     """Mean loss in nats on the tokens of the worked answer, and of the final number."""
     question, worked, number = problem
     parts = [f"Q: {question}\nA:", f" {worked.replace(chr(10), ' ')} The answer is", f" {number}"]
-    ids = [tokenizer.encode(part.encode(), is_first=False) for part in parts]
-    logits, _ = model(torch.tensor([sum(ids, [])]), cache=copy.deepcopy(cache))
+    parts = [torch.tensor(tokenizer.encode(part, is_first=False)) for part in parts]
+    ids = torch.cat(parts)
+    logits, _ = model(ids[None], cache=copy.deepcopy(cache))
     logits = torch.cat([last_logits, logits[0, :-1]])
-    losses = F.cross_entropy(logits, torch.tensor(sum(ids, [])), reduction="none")
-    _, answer, final = losses.split([len(part) for part in ids])
+    losses = F.cross_entropy(logits, ids, reduction="none")
+    _, answer, final = losses.split([len(part) for part in parts])
     return torch.stack([answer.mean(), final.mean()])
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a pretrained model")
-    parser.add_argument("--problems", type=Path, required=True, help="GSM8K's test.jsonl")
-    parser.add_argument("--n", type=int, default=200, help="how many problems (default: 200)")
-    args = parser.parse_args()
-    tokenizer = Tokenizer(args.model)
-    examples = torch.tensor([tokenizer.encode(PROMPT.read_bytes())])
+    args = new_parser(__doc__, "model", "problems", n=200).parse_args()
+    tokenizer = load_tokenizer(args.model)
+    examples = torch.tensor([tokenizer.encode(PROMPT.read_text())])
     problems = read_problems(args.problems)[:args.n]
-    model = GPT.from_pretrained(args.model, max_seps=None)
-    print(f"{examples.shape[1]} tokens of examples, {len(problems)} problems\n\n"
-          "| attention | keys | answer - full | error | number - full | error |\n"
-          "| --- | --- | --- | --- | --- | --- |")
+    model = load_model(args.model, max_seps=None)
+    print(f"{examples.shape[1]} tokens of examples, {len(problems)} problems")
+    print_head("attention", "keys", "answer - full", "number - full")
     full = None  # the losses of the first case
     for settings in CASES:
         model.configure(**settings)
         cache = make_cache(model.config)
         with torch.inference_mode():
             logits, _ = model(examples, cache=cache)
-        keys = cache.n_visible_keys
+        keys = cache.row_visible.sum()
         losses = [loss_of_answer(model, cache, logits[0, -1:], tokenizer, problem)
                   for problem in tqdm(problems, str(settings))]
         losses = torch.stack(losses, dim=1)  # (2, problems)
         if full is None:
             full = losses
-        (answer, number), (answer_error, number_error) = mean_and_error(losses - full)
         name = f"{settings['attn']} {settings.get('window', '')}"
-        print(f"| {name} | {keys:.0f} | {answer:+.4f} | {answer_error:.4f} | {number:+.4f} | "
-              f"{number_error:.4f} |", flush=True)
+        print_row(name, int(keys), *with_errors(losses - full, "+.4f"))
     print(f"\nfull attention: answer {full[0].mean():.4f}, number {full[1].mean():.4f} nats")
 
 

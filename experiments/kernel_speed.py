@@ -1,80 +1,100 @@
-"""How fast the kernel is, on a GPU: forward + backward, as a markdown table.
+"""How fast the kernel is on a GPU, as markdown tables.
 
-    python experiments/kernel_speed.py
+    python experiments/kernel_speed.py --tables causal flex forward dkdv
 
-`sep_attention` against causal attention (the fastest of PyTorch's kernels) and FlexAttention with
-the same mask. bf16, one text, 12 heads of 64, window 256, 4 sinks, every 10th token a separator.
+causal, flex: forward + backward beside causal attention (the fastest of PyTorch's kernels) and
+FlexAttention with the same mask. forward, dkdv: the open questions of KERNEL.md, one kernel alone.
+A cell: the ms that the GPU works, by a CUDA graph (the ms of a call), and the GPU's time over that
+of the first column. Compilation and FlexAttention's block mask are outside the clock. bf16, one
+text, heads of 64, window 256, 4 sinks, every 10th token a separator.
 """
-import sys
-from pathlib import Path
+from functools import partial
 
 import torch
-import torch.nn.functional as F
+from common import new_parser, print_head, print_row, times_or_nan
+from speed import forward_backward, make_case
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sep_cache import SepConfig, far_layout
-from sep_kernel import sep_attention
+import sep_kernel
+from options import require, run_script
+from sep_kernel import triton
 
-CASES = [(4096, None), (16384, None), (65536, 1024)]  # T, max_seps
-H, D = 12, 64
-
-
-def milliseconds(attention, q, k, v, do):
-    """The time of one forward and backward, or the name of what went wrong, as text."""
-    from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
-
-    def run():
-        out = attention(q, k, v)
-        torch.autograd.grad(out, (q, k, v), do)
-
-    try:
-        return f"{do_bench(run):.3f}"
-    except (RuntimeError, OutOfResources) as error:  # out of memory is a RuntimeError
-        return type(error).__name__
+WINDOW, SINKS = 256, 4
+CASES = [(T, max_seps, H) for T, max_seps in ((4096, None), (16384, None), (65536, 1024))
+         for H in (12, 96)]
 
 
-def measure(T, max_seps):
-    """The cells of one line of the table."""
-    config = SepConfig(window=256, separators=(1,), max_seps=max_seps, block_size=T)
-    ids = torch.zeros(1, T, dtype=torch.int64, device="cuda")
-    ids[:, 9::10] = 1
-    layout = far_layout(ids, config)
-    reach = layout.reach[0]
-    q, k, v, do = torch.randn(4, 1, H, T, D, device="cuda", dtype=torch.bfloat16)
-    for x in (q, k, v):
-        x.requires_grad_()
+# ---- the tables: {column: a function without arguments} of a case
 
-    def sep(q, k, v):
-        return sep_attention(q, k, v, layout, config.window, config.sinks, impl="triton")
 
-    def causal(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def causal(layout, sep, sdpa, tensors):
+    return {"ours": partial(forward_backward, sep, *tensors),
+            "causal": partial(forward_backward, sdpa, *tensors)}
+
+
+def flex(layout, sep, sdpa, tensors):
+    reach = layout.reach[0]  # (T,)
+    T = len(reach)
 
     def visible(b, h, i, j):
         return (i >= j) & (i - j < reach[j])
 
-    def flex(q, k, v):
-        return compiled(q, k, v, block_mask=block_mask)
-
     torch.compiler.reset()  # every mask is a new program
-    compiled = torch.compile(flex_attention, dynamic=False)
-    block_mask = torch.compile(create_block_mask)(visible, None, None, T, T, device="cuda")
-    times = [milliseconds(attention, q, k, v, do) for attention in (sep, causal, flex)]
-    return [f"{T:,}", max_seps, *times]
+    block_mask = torch.compile(create_block_mask)(visible, None, None, T, T, reach.device)
+    attention = partial(torch.compile(flex_attention, dynamic=False), block_mask=block_mask)
+    return {"ours": partial(forward_backward, sep, *tensors),
+            "FlexAttention": partial(forward_backward, attention, *tensors)}
+
+
+def launch(kernel, q, *args, block=64, **options):
+    """As `sep_kernel._launch` does it for bf16, but with other options."""
+    B, H, T, D = q.shape
+    grid = H, triton.cdiv(T, block), B
+    kernel[grid](q, *args, T, D, block, 64, enable_fp_fusion=True, **options)
+
+
+def forward(layout, sep, sdpa, tensors):
+    q, k, v, _ = tensors
+    out, lse = sep_kernel._new_output(q)
+    run = partial(launch, sep_kernel._forward, q, k, v, *layout, out, lse, WINDOW, SINKS)
+    return {"blocks of 64": run, "of 128": partial(run, block=128),
+            "of 128, 8 warps": partial(run, block=128, num_warps=8)}
+
+
+def dkdv(layout, sep, sdpa, tensors):
+    q, k, v, do = tensors
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    lse, delta = torch.zeros(2, *q.shape[:3], device=q.device)
+    run = partial(launch, sep_kernel._backward_dkdv, q, k, v, layout.far, layout.reach, lse, do,
+                  delta, dk, dv)
+    return {"as it is": run, "maxnreg 168": partial(run, maxnreg=168)}
+
+
+TABLES = {"causal": causal, "flex": flex, "forward": forward, "dkdv": dkdv}
+
+
+def milliseconds(run):
+    """GPU and wall time."""
+    wall = triton.testing.do_bench(run)  # an error while a graph is captured spoils the process
+    return triton.testing.do_bench_cudagraph(run), wall
 
 
 def main():
-    if not torch.cuda.is_available():
-        sys.exit("kernel_speed.py measures on an NVIDIA GPU, and there is none here")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: forward + backward, ms\n")
-    print("| T | max_seps | sep | causal | FlexAttention |")
-    print("|" + " --- |" * 5)
-    for T, max_seps in CASES:
-        cells = measure(T, max_seps)
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    args = new_parser(__doc__, tables=list(TABLES)).parse_args()
+    require(triton and torch.cuda.is_available(),
+            "this measures an NVIDIA GPU with Triton, and there is none")
+    for name in args.tables:
+        for T, max_seps, H in CASES[:4] if name == "flex" else CASES:
+            case = make_case(T, 1, H, 64, WINDOW, max_seps, every=10, device="cuda",
+                             dtype=torch.bfloat16)
+            runs = TABLES[name](*case)
+            if (T, H) == (4096, 12):
+                print_head("T", "max_seps", "heads", *runs)
+            times = [times_or_nan(milliseconds, run) for run in runs.values()]
+            first, _ = times[0]
+            cells = [f"{gpu:.3f} ({wall:.3f}), {gpu / first:.2f}x" for gpu, wall in times]
+            print_row(f"{T:,}", max_seps, H, *cells)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

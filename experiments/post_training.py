@@ -7,43 +7,42 @@ trains the pretrained model once with each kind of attention, on the same texts 
 books. Losses go to out-post/KIND.jsonl, and what is there is not trained again. At the end it
 prints the table, and draws experiments/figures/post_training.svg.
 """
-import argparse
 import json
 from pathlib import Path
 from unittest import mock
 
 import torch
-from far_keys import AS_CONFIGURED, GPT, loss_of_halves, mean_and_error, read_texts, token_before
+from common import new_parser, print_head, print_row, read_texts, with_errors
+from far_keys import AS_CONFIGURED, loss_of_halves, token_before
 from plotting import new_figure, save_figure
 from tqdm import tqdm
+
+from data.tokenizer import load_tokenizer
+from pretrained import load_model
 
 N_STEPS = 300
 EVAL_EVERY = 50
 WARMUP_STEPS = 20
 LEARNING_RATE = 1e-4
-WINDOW = 32
-KINDS = {  # name: (which tokens stay visible, settings); the middle four see about as many keys
-    "streamingllm": (AS_CONFIGURED, dict(attn="streamingllm", window=WINDOW)),
-    "sep": (AS_CONFIGURED, dict(attn="sep", window=WINDOW)),
-    "before": (token_before, dict(attn="sep", window=WINDOW)),
-    "fixed": (AS_CONFIGURED, dict(attn="fixed", window=WINDOW, fixed_every=9)),
-    "longer": (AS_CONFIGURED, dict(attn="streamingllm", window=140)),
-    "full": (AS_CONFIGURED, dict(attn="full")),
+KINDS = {  # name: (which tokens stay visible, attn, window)
+    "streamingllm": (AS_CONFIGURED, "streamingllm", 32),
+    "sep": (AS_CONFIGURED, "sep", 32),  # this one and the next three see about as many keys
+    "before": (token_before, "sep", 32),
+    "fixed": (AS_CONFIGURED, "fixed", 32),
+    "longer": (AS_CONFIGURED, "streamingllm", 140),
+    "full": (AS_CONFIGURED, "full", 32),
 }
 
 
 def train(model, train_texts, test_texts, path):
-    """Train on each text once, and write {"step", "first": [losses], "second": [...]} to path."""
+    """Train on each text once, and write {"step", "second": [losses of second halves]} to path."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
     lines = []
-    bar = tqdm(range(N_STEPS + 1), path.stem)
-    for step in bar:
+    for step in tqdm(range(N_STEPS + 1), path.stem):
         if step % EVAL_EVERY == 0:
             with torch.no_grad():
-                losses = torch.stack([loss_of_halves(model, ids) for ids in test_texts], dim=1)
-            first, second = losses.tolist()
-            lines.append(json.dumps(dict(step=step, first=first, second=second)))
-            bar.set_postfix(test_loss=f"{losses[1].mean():.4f}")
+                losses = [loss_of_halves(model, ids)[1].item() for ids in test_texts]
+            lines.append(json.dumps(dict(step=step, second=losses)))
         if step == N_STEPS:
             break
         progress = step / N_STEPS
@@ -65,18 +64,13 @@ def report(out):
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             results[name] = torch.tensor([line["second"] for line in lines])  # (times, texts)
     steps = [line["step"] for line in lines]
-    print(f"\nloss on second halves; error: of the difference to `sep` of the same texts\n\n"
-          f"| steps | {' | '.join(map(str, steps))} |\n| --- {'| --- ' * len(steps)}|")
-    for name, losses in results.items():
-        means = losses.mean(1).tolist()
-        print(f"| {name} | {' | '.join(f'{mean:.4f}' for mean in means)} |")
-        if name != "sep" and "sep" in results:
-            means, errors = mean_and_error(losses - results["sep"])
-            cells = [f"{mean:+.4f} ± {error:.4f}"
-                     for mean, error in zip(means, errors, strict=True)]
-            print(f"| {name} - sep | {' | '.join(cells)} |")
+    print("\nloss on second halves; error: of the difference to `sep` of the same texts")
+    print_head("steps", *steps)
     figure, axes = new_figure()
     for name, losses in results.items():
+        print_row(name, *[f"{mean:.4f}" for mean in losses.mean(1)])
+        if name != "sep" and "sep" in results:
+            print_row(f"{name} - sep", *with_errors(losses - results["sep"], "+.4f"))
         axes.plot(steps, losses.mean(1), marker="o", label=name)
     axes.set(xlabel="steps of 1,024 tokens", ylabel="loss on second halves, nats")
     figure.legend(loc="outside right", framealpha=0)
@@ -84,24 +78,18 @@ def report(out):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a pretrained model")
-    parser.add_argument("--train", type=Path, required=True, help="a text file of books")
-    parser.add_argument("--test", type=Path, required=True, help="other books")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS),
-                        help=f"which to train (default: {' '.join(KINDS)})")
-    parser.add_argument("--out", type=Path, default=Path("out-post"), help="where losses go")
+    parser = new_parser(__doc__, "model", "train", "test", kinds=list(KINDS), out=Path("out-post"))
     args = parser.parse_args()
     args.out.mkdir(exist_ok=True)
-    train_texts = read_texts(args.model, args.train, N_STEPS)
-    test_texts = read_texts(args.model, args.test, 16)
+    tokenizer = load_tokenizer(args.model)
+    train_texts = read_texts(tokenizer, args.train, N_STEPS)
+    test_texts = read_texts(tokenizer, args.test, 16)
     for name in args.kinds:
         path = args.out / f"{name}.jsonl"
         if not path.exists():
-            rule, settings = KINDS[name]
-            model = GPT.from_pretrained(args.model, max_seps=None, **settings).train()
-            with mock.patch("sep_cache.is_kept", rule):
+            rule, attn, window = KINDS[name]
+            model = load_model(args.model, attn=attn, window=window, max_seps=None, fixed_every=9)
+            with mock.patch("sep_mask.is_kept", rule):
                 train(model, train_texts, test_texts, path)
     report(args.out)
 

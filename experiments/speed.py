@@ -1,135 +1,138 @@
-"""The speed without a GPU: attention, decoding by length of context, and a pretrained model.
+"""The speed of attention and of decoding, with transformers' generate beside it.
 
-    python experiments/speed.py                      needs `pip install transformers`
-    python experiments/speed.py --model FOLDER       also reads and writes with a pretrained model
+    python experiments/speed.py                   on a CPU: a layer's attention; decoding with the
+                                                  shape of `python train.py`
+    python experiments/speed.py --model FOLDER    on a CPU: and decoding with a pretrained model
+    python experiments/speed.py --n_layer 12 --n_head 12 --n_embd 768 --batch_size 64
+                                                  on a GPU: decoding with this shape, in bf16
 
-What is compared takes turns in one process, on one thread, in float32; medians.
+What is compared takes turns in one process, on a CPU on one thread and in float32; medians. The
+step of a token runs as it is (eager), as a CUDA graph (recorded), and of compiled code, which a GPU
+records, too. Compiling is outside the clock: half a minute or more for a row. Where there is a GPU,
+CUDA_VISIBLE_DEVICES= measures the CPU.
 """
-import argparse
-import copy
-import statistics
-import sys
 import time
 from functools import partial
-from pathlib import Path
+from itertools import islice
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from common import new_parser, print_head, print_row, times_or_nan
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import GPT, GPTConfig  # noqa: E402
-from sep_cache import SepConfig, far_layout, make_cache  # noqa: E402
-from sep_kernel import sep_attention  # noqa: E402
+from model import GPT, GPTConfig
+from options import add_options, fields_of, run_script
+from pretrained import SHAPE, load_model
+from sep_kernel import sep_attention
+from sep_mask import SepConfig, far_layout
+from train import PRESET
 
-
-def table(head, rows):
-    print(f"\n| {' | '.join(head)} |\n|{' --- |' * len(head)}")
-    for row in rows:
-        print(f"| {' | '.join(map(str, row))} |", flush=True)
-
-
-def seconds_of(runs, repeats):
-    """The median time of each function in {name: function}, which take turns."""
-    times = {name: [] for name in runs}
-    for _ in range(repeats + 1):  # the first round is a warm-up
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+N = 32  # tokens that are timed together
 
 
-def forward_backward(attention, q, k, v):
-    attention(q, k, v).sum().backward()
+def in_turns(runs, rounds):
+    """Of functions that return two times each, which take turns: the medians, (functions, 2)."""
+    times = [[times_or_nan(run) for run in runs] for _ in range(rounds)]
+    return torch.tensor(times).median(0).values
 
 
-def attention():
-    """Forward + backward of one layer, H 4, D 32, 6 % separators, against causal SDPA."""
-    rows = []
-    for T, B, window, max_seps in ((256, 16, 32, 16), (4096, 1, 64, 64), (16384, 1, 256, 512)):
-        config = SepConfig(window=window, max_seps=max_seps, separators=(1,), block_size=T)
-        layout = far_layout((torch.rand(B, T) < 0.06).long(), config)
-        q, k, v = (torch.randn(B, 4, T, 32).requires_grad_() for _ in range(3))
-        causal = partial(F.scaled_dot_product_attention, is_causal=True)
-        sep = partial(sep_attention, layout=layout, window=window, sinks=config.sinks)
-        runs = {"sep": partial(forward_backward, sep, q, k, v),
-                "full": partial(forward_backward, causal, q, k, v)}
-        seconds = seconds_of(runs, 5)
-        rows.append((f"{T:,}", B, window, max_seps,
-                     f"{1e3 * seconds['sep']:,.0f}", f"{1e3 * seconds['full']:,.0f}",
-                     f"{seconds['full'] / seconds['sep']:.2f}x"))
-    table(("T", "batch", "window", "max_seps", "sep ms", "full ms", "speed-up"), rows)
+def make_case(T, B, H, D, window, max_seps, every, **kind):
+    """Random q, k, v and do, each (B, H, T, D) of this kind, and attention to them.
+
+    Every so many tokens there is a separator. Returns the layout, sep_attention and causal
+    attention as functions of q, k and v, and the list of the four tensors.
+    """
+    config = SepConfig(window=window, max_seps=max_seps, separators=(1,), block_size=T)
+    tensors = torch.randn(4, B, H, T, D, **kind)
+    ids = torch.zeros(B, T, dtype=torch.int64, device=tensors.device)
+    ids[:, every - 1::every] = 1
+    layout = far_layout(ids, config)
+    sep = partial(sep_attention, layout=layout, window=window, sinks=config.sinks)
+    causal = partial(F.scaled_dot_product_attention, is_causal=True)
+    return layout, sep, causal, list(tensors)
 
 
-def decoding():
-    """300 tokens of a GPT of the quick start's shape, and of such a Llama in transformers."""
+def forward_backward(attention, q, k, v, do):
+    """Seconds of the forward, and of the backward."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    start = time.perf_counter()
+    out = attention(*inputs)
+    middle = time.perf_counter()
+    torch.autograd.grad(out, inputs, do)
+    return middle - start, time.perf_counter() - middle
+
+
+def attention(cases=((256, 16, 32, 16), (4096, 1, 64, 64), (16384, 1, 256, 512))):
+    """Forward + backward of one layer, H 4, D 32, every 16th a separator, against causal SDPA."""
+    print_head("T", "batch", "window", "max_seps", "sep ms", "full ms", "speed-up")
+    for T, B, window, max_seps in cases:
+        _, sep, causal, tensors = make_case(T, B, 4, 32, window, max_seps, every=16)
+        runs = [partial(forward_backward, which, *tensors) for which in (sep, causal)]
+        sep_ms, full_ms = 1e3 * in_turns(runs, 7).sum(1)
+        print_row(f"{T:,}", B, window, max_seps, f"{sep_ms:,.0f}", f"{full_ms:,.0f}",
+                  f"{full_ms / sep_ms:.2f}x")
+
+
+def ours(model, ids, how):
+    """Seconds of reading the prompts ids (B, T), and of writing N tokens, the median of five times.
+
+    The 2 N tokens before do not count: it compiles, records, and finds how many rows it needs.
+    """
+    stamps = [time.perf_counter()]
+    with mock.patch("model.RecordedStep.is_possible", how != "eager"):
+        tokens = model.generate(ids, 1 + 7 * N, compile=how == "compiled")
+        for n in [1] + 7 * [N]:
+            for token in islice(tokens, n):
+                token.tolist()  # waits for the device, as sample.py does
+            stamps.append(time.perf_counter())
+    seconds = torch.tensor(stamps, dtype=torch.float64).diff()
+    return seconds[0], seconds[3:].median()
+
+
+def transformers(model, ids):
+    """The same with transformers' generate, of a Llama of this shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    shape = dict(n_layer=4, n_embd=128, block_size=256, window=32, max_seps=16)
-    models = {attn: GPT(GPTConfig(attn=attn, **shape)).eval() for attn in ("sep", "full")}
-    llama = LlamaForCausalLM(LlamaConfig(
-        vocab_size=256, hidden_size=128, intermediate_size=320, num_hidden_layers=4,
-        num_attention_heads=4, max_position_embeddings=20_000)).eval()
-    rows = []
-    for context in (16, 256, 4096, 16384):
-        ids = torch.randint(256, (1, context))
-        caches = {attn: make_cache(model.config) for attn, model in models.items()}
-        with torch.inference_mode():
-            for attn, model in models.items():
-                for chunk in ids.split(512, dim=1):
-                    model(chunk, cache=caches[attn])
-
-        def decode(attn, caches=caches):
-            first = torch.zeros(1, 1, dtype=torch.int64)
-            list(models[attn].generate(first, 300, cache=copy.deepcopy(caches[attn])))
-
-        runs = {attn: partial(decode, attn) for attn in models}
-        if context == 16:
-            runs["transformers"] = partial(
-                llama.generate, ids, max_new_tokens=300, min_new_tokens=300, do_sample=True,
-                pad_token_id=0)
-        speed = {name: 300 / s for name, s in seconds_of(runs, 3).items()}
-        rows.append([f"{context:,}"] + [f"{speed[name]:,.0f}" if name in speed else ""
-                                        for name in ("sep", "full", "transformers")])
-    table(("context", "sep", "full", "transformers, generate"), rows)
+    shape = {theirs: getattr(model.config, name) for name, theirs in SHAPE.items()}
+    llama = LlamaForCausalLM(LlamaConfig(**shape)).to(ids.device, model.embed.weight.dtype)
+    stamps = []
+    streamer = SimpleNamespace(put=lambda _: stamps.append(time.perf_counter()), end=lambda: None)
+    llama.generate(ids, streamer=streamer, max_new_tokens=N + 1, min_new_tokens=N + 1,
+                   do_sample=True, pad_token_id=0)
+    return stamps[1] - stamps[0], stamps[-1] - stamps[1]
 
 
-def pretrained(folder):
-    """Reading 1,800 tokens and writing 60: 256 separators, all, and in transformers."""
-    from transformers import AutoModelForCausalLM
-    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model = GPT.from_pretrained(folder)
-    ids = torch.randint(model.config.vocab_size, (1, 1800))
-
-    def read_and_write(max_seps, n_tokens):
-        model.configure(max_seps=max_seps)
-        list(model.generate(ids, n_tokens, temperature=0))
-
-    def generate(n_tokens):
-        llama.generate(ids, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False)
-
-    runs = {}
-    for n_tokens in (1, 61):
-        runs["max_seps 256", n_tokens] = partial(read_and_write, 256, n_tokens)
-        runs["max_seps None", n_tokens] = partial(read_and_write, None, n_tokens)
-        runs["transformers", n_tokens] = partial(generate, n_tokens)
-    seconds = seconds_of(runs, 2)
-    rows = [(name, f"{1800 / seconds[name, 1]:,.0f}",
-             f"{60 / (seconds[name, 61] - seconds[name, 1]):,.1f}")
-            for name in ("max_seps 256", "max_seps None", "transformers")]
-    table(("", "reading, tokens/s", "writing, tokens/s"), rows)
+def decoding(model, contexts, hows, rounds, batch_size=1):
+    """Tokens per second, over the batch, of reading a prompt / of writing behind it."""
+    print_head("context", "attn", *hows, "transformers")
+    for context in contexts:
+        ids = torch.randint(256, (batch_size, context), device=model.embed.weight.device)
+        ids[:, 9::10] = model.config.separators[0]
+        for attn in ("sep", "full"):
+            model.configure(attn=attn)
+            torch.compiler.reset()
+            runs = [partial(ours, model, ids, how) for how in hows]
+            times = in_turns([*runs, partial(transformers, model, ids)], rounds)
+            speeds = batch_size * torch.tensor([context, N]) / times
+            cells = [f"{reading:,.0f} / {writing:,.1f}" for reading, writing in speeds]
+            print_row(f"{context:,}", attn, *cells)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of a pretrained model")
+    parser = new_parser(__doc__, model="", batch_size=1, vocab_size=256)
+    add_options(parser, GPTConfig, PRESET)
     args = parser.parse_args()
+    model = GPT(GPTConfig(**fields_of(GPTConfig, PRESET | vars(args))))
+    if torch.cuda.is_available():
+        decoding(model.to("cuda", torch.bfloat16), (256, 16384),
+                 ("eager", "recorded", "compiled"), 1, args.batch_size)
+        return
     torch.set_num_threads(1)
     attention()
-    decoding()
+    decoding(model, (16, 256, 4096, 16384), ("eager", "compiled"), 3, args.batch_size)
     if args.model:
-        pretrained(args.model)
+        decoding(load_model(args.model), (1800,), ("eager", "compiled"), 2)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
