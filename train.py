@@ -94,8 +94,9 @@ def train(cfg, model, data, state=None):
     if state:
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+    has_bf16 = is_modern(device)
     network = model
-    if cfg.compile and (device.type != "cuda" or is_modern(device)):
+    if cfg.compile and (has_bf16 or device.type != "cuda"):
         network = torch.compile(model)
     if WORLD_SIZE > 1:
         network = DistributedDataParallel(network)
@@ -106,7 +107,7 @@ def train(cfg, model, data, state=None):
         rng = np.random.default_rng(batch_seed)
         x, y = get_batch(tokens, cfg.batch_size, model.config.block_size, rng)
         x, y = x[RANK::WORLD_SIZE].to(device), y[RANK::WORLD_SIZE].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=is_modern(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16):
             _, loss = network(x, y)
         return loss
 
@@ -270,6 +271,10 @@ def start(options):
                for name, value in asked.items() if value != getattr(model.config, name)]
     require(not changes, f"the model has settled it: {'; '.join(changes)}")
 
+    if cfg.resume and state["step"] >= cfg.max_steps:
+        print(f"the run in {out_dir} has finished, at step {state['step']}; it goes on with a "
+              "larger --max_steps", file=sys.stderr)
+        return 0
     if not cfg.resume and RANK == 0:
         is_free = load_tokenizer(out_dir).vocabulary in (None, vocabulary)
         require(is_free and not (out_dir / "ckpt.pt").exists(), f"{out_dir} holds a run or another "
@@ -277,10 +282,6 @@ def start(options):
         out_dir.mkdir(parents=True, exist_ok=True)
         if vocabulary:  # whoever samples from the checkpoint needs it
             shutil.copy(folder / "tokenizer.json", out_dir)
-    elif cfg.resume and state["step"] >= cfg.max_steps:
-        print(f"the run in {out_dir} has finished, at step {state['step']}; it goes on with a "
-              "larger --max_steps", file=sys.stderr)
-        return 0
     return train(cfg, model, data, state)
 
 
