@@ -19,19 +19,19 @@ import torch.nn.functional as F
 
 from options import option, require
 from sep_cache import make_cache
-from sep_kernel import is_modern, sep_attention
+from sep_kernel import sep_attention
 from sep_mask import SepConfig, far_layout
 
 
 @dataclass(kw_only=True)
 class GPTConfig(SepConfig):
     """The attention's settings and the model's shape. ValueError names what is out of range."""
-    vocab_size: int = 256  # belongs to the data
-    n_layer: int = option(4, "number of layers")
-    n_head: int = option(4, "attention heads per layer")
+    vocab_size: int = option(256, minimum=1)  # belongs to the data
+    n_layer: int = option(4, "number of layers", 1)
+    n_head: int = option(4, "attention heads per layer", 1)
     n_kv_head: int | None = option(None, "heads of keys and values, each shared by n_head / "
-                                         "n_kv_head heads; None: as many as n_head")
-    n_embd: int = option(128, "channels")
+                                         "n_kv_head heads; None: as many as n_head", 1)
+    n_embd: int = option(128, "channels", 1)
     n_inner: int | None = None  # channels inside the MLP; None: 8/3 n_embd, in multiples of 32
     head_dim: int | None = None  # None: n_embd / n_head
     norm_eps: float = 1e-6
@@ -44,15 +44,12 @@ class GPTConfig(SepConfig):
     def __post_init__(self):
         super().__post_init__()
         self.n_kv_head = self.n_kv_head or self.n_head
-        self.require_range("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", minimum=1)
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_inner = self.n_inner or max(32, self.n_embd * 8 // 3 // 32 * 32)
         require(self.head_dim >= 2 and self.head_dim % 2 == 0,
-                f"n_embd / n_head is {self.head_dim}, and must be even")
+                f"n_embd / n_head is {self.head_dim}, and must be even and not 0")
         require(self.n_head % self.n_kv_head == 0,
                 f"n_head is {self.n_head}, and must be a multiple of n_kv_head, {self.n_kv_head}")
-        require(all(0 <= s < self.vocab_size for s in self.separators),
-                f"separators are {self.separators}, and must be ids below {self.vocab_size}")
 
 
 # ---- rotary position embeddings (RoFormer, arXiv 2104.09864)
@@ -101,29 +98,27 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.config = config
         self.layer_idx = layer_idx
         D = config.head_dim
         n_qk = config.n_head + config.n_kv_head
         n_qkv = n_qk + config.n_kv_head
-        self.qkv = nn.Linear(config.n_embd, n_qkv * D, bias=config.qkv_bias)
-        self.out = nn.Linear(config.n_head * D, config.n_embd, bias=False)
+        self.qkv_proj = nn.Linear(config.n_embd, n_qkv * D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.n_head * D, config.n_embd, bias=False)
         if config.qk_norm:
             # Qwen3 has one gain for all heads of q and one for those of k; here each has its own
             self.qk_gain = nn.Parameter(torch.ones(n_qk, 1, D))
 
-    def forward(self, x, cos_sin, layout, cache, mask, sink_cos_sin):
+    def forward(self, x, config, cos_sin, layout, cache, mask, sink_cos_sin):
         """x (B, T, C) -> (B, T, C). cos_sin rotates q and k.
 
-        Who sees whom: layout, of `far_layout`, without a cache; mask, of its `advance`, with one.
+        Who sees whom says, without a cache, layout (of `far_layout`), else mask (of its `advance`).
         sink_cos_sin: a second rotation of q, for the sinks, or None; see `GPT.compute`.
         """
         B, T, _ = x.shape
-        config = self.config
         D = config.head_dim
         H = config.n_head
         H_kv = config.n_kv_head
-        qkv = self.qkv(x).view(B, T, -1, D).transpose(1, 2)
+        qkv = self.qkv_proj(x).view(B, T, -1, D).transpose(1, 2)
         qk, v = qkv.split([H + H_kv, H_kv], dim=1)
         if config.qk_norm:
             # scores stay bounded, so a high learning rate is safe; autocast norms in float32
@@ -144,7 +139,7 @@ class Attention(nn.Module):
             if sink_cos_sin is not None:
                 q_sink = apply_rope(qk[:, :H], sink_cos_sin)
             y = cached_attention(q, k, v, mask, q_sink, config.sinks)
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 def cached_attention(q, k, v, mask, q_sink=None, sinks=0):
@@ -160,7 +155,8 @@ def cached_attention(q, k, v, mask, q_sink=None, sinks=0):
     q = q.reshape(B, H_kv, -1, D)
     mask = mask.expand(B, H // H_kv, T, M).reshape(B, 1, -1, M)
     if q_sink is not None:
-        # what the scores of the sinks, the first rows, lack
+        # what q k lacks of q_sink k: added to the mask, it makes these the scores of the sinks, the
+        # first rows
         missing = (q_sink.reshape(q.shape) - q) @ k[:, :, :sinks].mT * D ** -0.5
         mask = mask + F.pad(missing, (0, M - missing.shape[-1]))
     y = F.scaled_dot_product_attention(q, k, v, mask)
@@ -172,26 +168,26 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate = nn.Linear(config.n_embd, config.n_inner, bias=False)
-        self.up = nn.Linear(config.n_embd, config.n_inner, bias=False)
-        self.down = nn.Linear(config.n_inner, config.n_embd, bias=False)
+        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = Attention(config, layer_idx)
-        self.mlp_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config, layer_idx)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, *for_attention):
-        x = x + self.attn(self.attn_norm(x), *for_attention)
-        x = x + self.mlp(self.mlp_norm(x))
+        x = x + self.self_attn(self.input_layernorm(x), *for_attention)
+        x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
 
@@ -204,30 +200,23 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.n_layer))
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         if not config.tied:
-            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # Unit variance into attention, MLP and logits, and little out of a block at first. So the
+        # rows of the embedding have length 1. With the customary std of 0.02 Adam's steps soon
+        # drown what tells tokens apart: see the recall in experiments/RESULTS.md.
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                nn.init.normal_(weight, std=self._initial_std(name, weight))
-
-    def _initial_std(self, name, weight):
-        """Unit variance into attention, MLP and logits, and little out of a block at first.
-
-        So the rows of the embedding have length 1. With the customary std of 0.02 Adam's steps soon
-        drown what tells tokens apart: see the recall in experiments/RESULTS.md.
-        """
-        if name.endswith(("out.weight", "down.weight")):
-            return 0.02 / (2 * self.config.n_layer) ** 0.5
-        return weight.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(weight, std=0.02 / (2 * config.n_layer) ** 0.5)
+            elif weight.dim() == 2:
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def configure(self, **changes):
         """Change settings that shape no weights, like `attn`. ValueError as in GPTConfig."""
         self.config = dataclasses.replace(self.config, **changes)
-        for block in self.blocks:
-            block.attn.config = self.config
 
     def forward(self, ids, targets=None, cache=None):
         """Logits (B, T, V), and the mean cross-entropy in nats or, without targets, None.
@@ -244,8 +233,8 @@ class GPT(nn.Module):
         return self.compute(ids, targets, cache)
 
     def compute(self, ids, targets=None, cache=None):
-        """`forward` once there is room in the cache: work of the device alone, with no number read
-        back, so it can be compiled, or recorded as a CUDA graph."""
+        """`forward` once there is room in the cache: then work of the device alone, with no number
+        read back, so it can be compiled, or recorded as a CUDA graph."""
         config = self.config
         layout = mask = sink_cos_sin = None
         if cache is None:
@@ -254,7 +243,7 @@ class GPT(nn.Module):
         else:
             positions, mask = cache.advance(ids)
 
-        x = self.embed(ids)  # (B, T, C)
+        x = self.embed_tokens(ids)  # (B, T, C)
         frequencies = rope_frequencies(config, ids.device)
         cos_sin = rope_cos_sin(positions, frequencies, x.dtype)
         if cache is not None and cache.past_horizon:
@@ -262,9 +251,9 @@ class GPT(nn.Module):
             # q_sink is the query rotated to min(position, block_size - 1).
             trained_positions = positions.clamp(max=config.block_size - 1)
             sink_cos_sin = rope_cos_sin(trained_positions, frequencies, x.dtype)
-        for block in self.blocks:
-            x = block(x, cos_sin, layout, cache, mask, sink_cos_sin)
-        head = self.embed if config.tied else self.head
+        for block in self.layers:
+            x = block(x, config, cos_sin, layout, cache, mask, sink_cos_sin)
+        head = self.embed_tokens if config.tied else self.lm_head
         logits = F.linear(self.norm(x), head.weight)  # (B, T, V)
         loss = None
         if targets is not None:
@@ -282,20 +271,20 @@ class GPT(nn.Module):
         Meanwhile the model must stay as it is. ValueError if the prompt's logits are not finite.
         """
         if cache is None:
-            cache = make_cache(self.config, len(ids), ids.device, self.embed.weight.dtype)
+            cache = make_cache(self.config, len(ids), ids.device, self.embed_tokens.weight.dtype)
         for chunk in ids.split(CHUNK_SIZE, dim=1):
             logits, _ = self(chunk, cache=cache)
         require(logits.isfinite().all(), "the model's logits are not finite: it is broken")
         token = sample_token(logits[:, -1], temperature, top_k)  # (B,)
         compute = self.compute
-        if compile and (ids.device.type != "cuda" or is_modern(ids.device)):
+        if compile:
             compute = torch.compile(compute, fullgraph=True)
 
         def next_token():
             logits, _ = compute(token[:, None], cache=cache)
             token.copy_(sample_token(logits[:, -1], temperature, top_k))
 
-        step = RecordedStep(next_token, cache, compile)
+        step = RecordedStep(next_token, cache)
         for i in range(max_new_tokens):
             if i > 0:
                 cache.make_room(1)
@@ -308,31 +297,27 @@ def sample_token(logits, temperature, top_k):
     if temperature == 0:
         return logits.argmax(-1)
     if top_k is not None:
-        logits, kept_tokens = logits.topk(min(top_k, logits.shape[-1]))  # (B, k)
-    logits = logits.double()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # none overflows
-    weights = logits.exp()
-    # Of exponential waiting times with these rates, each is the shortest with the probability of
-    # its weight. torch.multinomial does the same, but asks whether the weights are valid.
-    token = (weights / torch.empty_like(weights).exponential_()).argmax(-1, keepdim=True)
-    if top_k is not None:
-        token = kept_tokens.gather(-1, token)
-    return token[:, 0]
+        kept = logits.topk(min(top_k, logits.shape[-1]))
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
+    # Gumbel's trick: with this noise each token is the largest with its softmax probability.
+    # torch.multinomial does the same, but asks the device whether the probabilities are valid.
+    logits = logits.double() / temperature  # none overflows
+    return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
 
 
 class RecordedStep:
     """A step of decoding, which a GPU records once as a CUDA graph, and then replays.
 
     A step is some 200 launches of kernels, and for each the GPU waits for Python; a replay is one.
-    On new buffers of the cache, and past the horizon, the first step runs as it is, the second is
-    recorded, all others are replayed. Elsewhere than on a GPU every step runs as it is.
+    Whenever the cache has new buffers, and once more when the text passes block_size, the next step
+    runs as it is; the one after it is recorded, which runs nothing, and replayed, as all later ones
+    are. Elsewhere than on a GPU every step runs as it is.
     """
     is_possible = True  # after a failed recording PyTorch can begin no other in this process
 
-    def __init__(self, step, cache, is_compiled):
+    def __init__(self, step, cache):
         self.step = step
         self.cache = cache
-        self.is_compiled = is_compiled
         self.key = None, None  # what a recording is good for
         self.replay = None
 
@@ -342,21 +327,11 @@ class RecordedStep:
         if buffer is not cache.row_position or past_horizon != cache.past_horizon:
             self.key = cache.row_position, cache.past_horizon
             self.replay = None
-            if self.is_compiled:
-                mark_rows_dynamic(cache)
             self.step()  # loads kernels, makes the handles of libraries, compiles
             return
         if self.replay is None:
             self.replay = record(self.step, cache.row_position.device)
         self.replay()
-
-
-def mark_rows_dynamic(cache):
-    """Tell torch.compile that the number of rows may change, so that it compiles once for all."""
-    for x in cache.kv:
-        torch._dynamo.mark_dynamic(x, 2)
-    for x in (cache.row_position, cache.row_kept):
-        torch._dynamo.mark_dynamic(x, 1)
 
 
 def record(step, device):

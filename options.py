@@ -5,30 +5,56 @@ Nothing here is about attention; it can be skipped. Argparse and dataclasses do 
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 
 
-def option(default, help):
-    """A dataclass field that is also a command line option, with its help text."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default, help=None, minimum=None):
+    """A dataclass field that is also, with a help text, a command line option.
 
-
-def add_options(parser, config_class, defaults):
-    """A command line option for each field made by `option`; only those given will be parsed.
-
-    defaults: a dict of what the help shows as default, where it is not the field's.
+    minimum: the least value that `check_minima` accepts.
     """
-    for field in dataclasses.fields(config_class):
-        if "help" not in field.metadata:
-            continue
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        else:
+    return dataclasses.field(default=default, metadata=dict(help=help, minimum=minimum))
+
+
+def check_minima(config):
+    """ValueError that names a field below its minimum. Where None is the default, it passes."""
+    for field in dataclasses.fields(config):
+        minimum = field.metadata.get("minimum")
+        value = getattr(config, field.name)
+        require(minimum is None or value is field.default is None or value >= minimum,
+                f"{field.name} is {value}, and must be at least {minimum}")
+
+
+def parse_options(description, config_classes, defaults={}, shown={}, arguments=()):
+    """What the command line gives, {name: value}: options are the fields made by `option`.
+
+    defaults: {name: value}, where it is not the field's; shown: {name: what the help says instead};
+    arguments: names of what must be given. What argparse or the config classes refuse ends the
+    program with the usage, one sentence and exit code 2.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in arguments:
+        parser.add_argument(name)
+    for config_class in config_classes:
+        for field in dataclasses.fields(config_class):
+            if not field.metadata.get("help"):
+                continue
             kind = dict(type=int_or_none if field.type == int | None else field.type)
-        default = defaults.get(field.name, field.default)
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **kind,
-                            help=f"{field.metadata['help']} (default: {default})")
+            if field.type is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
+            default = (defaults | shown).get(field.name, field.default)
+            parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **kind,
+                                help=f"{field.metadata['help']} (default: {default})")
+    options = vars(parser.parse_args())
+    try:
+        for config_class in config_classes:
+            config_class(**fields_of(config_class, defaults | options))
+    except ValueError as error:
+        parser.error(str(error))
+    return options
 
 
 def int_or_none(text):
@@ -47,6 +73,21 @@ def require(ok, sentence):
         raise ValueError(sentence)
 
 
+@contextlib.contextmanager
+def explain(sentence, *errors):
+    """Turn errors of these classes into a ValueError that begins with this sentence."""
+    try:
+        yield
+    except errors as error:
+        raise ValueError(f"{sentence}: {error}") from None
+
+
+def read_json(path):
+    """A JSON object. ValueError if it is none."""
+    with explain(f"{path} cannot be read as a JSON object", OSError, ValueError, TypeError):
+        return dict(json.loads(path.read_bytes()))
+
+
 class ErrorOutput:
     """Standard error, which may be closed, a broken pipe or a full disk: that stops no script."""
 
@@ -61,10 +102,9 @@ class ErrorOutput:
 
 def run_script(main):
     """Call main. What goes wrong ends the program with one sentence and exit code 1."""
-    name = os.path.basename(sys.argv[0])
     sys.stderr = ErrorOutput()
-    sys.stdin = sys.stdin or open(os.devnull)  # those that were closed
-    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # if it was closed
+    sys.stdout.reconfigure(encoding="utf-8")
     try:
         try:
             sys.exit(main())
@@ -73,7 +113,7 @@ def run_script(main):
     except BrokenPipeError:  # whoever read the output has enough; Python flushes it once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        sys.exit(f"{name}: stopped")
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        # PyTorch's own errors are RuntimeErrors of many lines; the first one says what it is
-        sys.exit(f"{name}: {str(error).partition(chr(10))[0]}")
+        sys.exit("stopped")
+    except (ValueError, OSError, RuntimeError, AssertionError, IndexError, OverflowError) as error:
+        # PyTorch's own errors are RuntimeErrors of many lines; the first two say what it is
+        sys.exit(f"error: {' '.join(str(error).splitlines()[:2])}")

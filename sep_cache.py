@@ -7,7 +7,7 @@ decoding a token is the same work on the same memory, every time: it can be reco
 replayed (`RecordedStep` in `model.py`).
 
 Rows hold keys in the order of the text. The example of `sep_mask.py`, `a,b.cd` with window 2 and 1
-sink, in a cache of six rows, before and after room is made for a seventh token:
+sink, in six rows (spare ones left out), before and after room is made for a seventh token:
 
     row         0  1  2  3  4  5                    0  1  2  3  4  5
     token       a  ,  b  .  c  d                    a  .  c  d
@@ -19,7 +19,6 @@ rows that are hidden or empty have the weight 0. Next: `model.py`.
 """
 import torch
 
-from options import require
 from sep_mask import FOREVER, is_kept, key_reach
 
 SPARE_ROWS = 16  # free after hidden rows have been dropped, at least
@@ -38,7 +37,7 @@ class SepCache:
 
     **The promise**: up to rounding, the logits do not depend on how a text is split into chunks,
     and up to block_size they are those of one forward over the whole text. Each sequence of a batch
-    has its own separators; rows that a shorter one does not need stay empty.
+    has its own separators; rows that one with fewer visible keys does not need stay empty.
 
     Costs for a text of T tokens, with w = window, and c = the most other tokens that are visible at
     once, sinks + max_seps or, where that is less, sinks + block_size - window:
@@ -46,8 +45,10 @@ class SepCache:
         |                   | full    | sep, streamingllm, fixed |
         | training, prefill | T^2 / 2 | T (w + c) at most        | visible pairs of query and key
         | decoding          | T       | w + c at most            | visible keys of a token
-        | cache             | T       | w + c at most            | rows; and a quarter or, if more,
-                                                               a chunk, in steps of 64
+        | cache             | T       | w + c at most            | rows, and spare ones
+
+    The spare rows are an eighth and, if more than another eighth, those of a chunk, in steps of 64;
+    after long chunks up to twice as many rows stay.
 
     With attn="full" no row is ever hidden, so nothing is dropped, and the cache grows.
     """
@@ -56,15 +57,15 @@ class SepCache:
     def __init__(self, config, batch_size=1, device=None, dtype=None):
         self.config = config
         # upper bounds, known to the host; a forward that fails leaves them too large, harmlessly
-        self.n_rows = 0
-        self.n_asked = 0  # tokens
+        self.n_rows = 0  # in use
+        self.n_asked = 0  # tokens that room was made for
         self.past_horizon = False  # some distance is block_size or more
         # known to the device
         self.next_row = torch.zeros(1, dtype=torch.int64, device=device)
         self.next_position = torch.zeros(1, dtype=torch.int64, device=device)
         # tensors of their own: for a write into a larger one torch.compile would copy all of it
-        shape = batch_size, config.n_kv_head, 0, config.head_dim  # (B, H, M, D)
-        empty = torch.zeros(shape, device=device, dtype=dtype)
+        empty = torch.zeros(batch_size, config.n_kv_head, 0, config.head_dim,  # (B, H, M, D)
+                            device=device, dtype=dtype)
         self.kv = [empty] * 2 * config.n_layer  # keys, values, keys, values, ...
         self._resize(0)
 
@@ -97,7 +98,6 @@ class SepCache:
         reach = key_reach(self.row_kept, self.row_position, self.config)
         return (0 <= distance) & (distance < reach[:, None])
 
-    @torch.no_grad()
     def make_room(self, T):
         """Let T new tokens fit, before `advance`. Asks the device for a number once in 16 tokens or
         more, and replaces the buffers only where they are too small or far too large."""
@@ -105,20 +105,16 @@ class SepCache:
             self._drop_hidden_rows(T)
         self.n_rows += T
         self.n_asked += T
-        is_longer = self.n_asked > self.config.block_size
-        self.past_horizon = is_longer and self.config.attn != "full"
+        self.past_horizon = self.n_asked > self.config.block_size and self.config.attn != "full"
 
-    @torch.no_grad()
     def advance(self, ids):
         """Who sees whom, for new tokens ids (B, T).
 
         Returns their positions (T,) and the mask (B, 1, T, M) of their queries over the M rows that
         `update` returns: 0 where a query sees a row, else -inf. Memory is T x M: give long texts in
-        chunks, say of 512 tokens. ValueError if B is not the cache's batch size.
+        chunks, say of 512 tokens. RuntimeError if B is not the cache's batch size.
         """
         B, T = ids.shape
-        batch_size = len(self.row_position)
-        require(B == batch_size, f"this cache holds {batch_size} sequences, and got ids of {B}")
         offset = torch.arange(T, device=ids.device)
         positions = self.next_position + offset
         self.new_rows = self.next_row + offset
@@ -132,15 +128,13 @@ class SepCache:
     def update(self, k, v, layer_idx):
         """Store a layer's new keys and values (B, H, T, D); return those of all rows (B, H, M, D).
 
-        ValueError if k is not of the cache's dtype.
+        RuntimeError if k is not of the cache's dtype.
         """
         keys, values = self.kv[2 * layer_idx:2 * layer_idx + 2]
-        require(k.dtype == keys.dtype, f"this cache holds {keys.dtype}, and got keys of {k.dtype}")
         keys.index_copy_(2, self.new_rows, k)
         values.index_copy_(2, self.new_rows, v)
         return keys, values
 
-    @torch.no_grad()
     def take_in(self, T):
         """The T new tokens have gone through all layers. If a forward fails before, their rows lie
         in the future, hidden, until they are written again."""
@@ -162,12 +156,12 @@ class SepCache:
         kv = [x.take_along_dim(order[:, None, :, None], dim=2) for x in self.kv]
 
         needed = n_visible + max(n_new, SPARE_ROWS, n_visible // 8)
-        _, n_rows = visible.shape
+        _, capacity = visible.shape
         # an eighth more than needed: else a growing cache would be resized at each drop
         new_size = (needed + n_visible // 8) // 64 * 64 + 64
-        if needed > n_rows or new_size < n_rows / 2:
+        if needed > capacity or new_size < capacity / 2:
             self._resize(new_size)
-        for buffer, rows in zip(self.kv, kv, strict=True):
+        for buffer, rows in zip(self.kv, kv):
             buffer[:, :, :n_visible] = rows
         self.row_position.fill_(EMPTY)[:, :n_visible] = position
         self.row_kept.zero_()[:, :n_visible] = kept

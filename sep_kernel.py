@@ -18,7 +18,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import library
 
 from options import require
 
@@ -53,23 +53,20 @@ def sep_attention(q, k, v, layout, window, sinks=0, impl="auto"):
     Raises ValueError for an unknown impl, for shapes or dtypes that disagree, and where
     impl="triton" cannot do what is asked.
     """
-    require(impl in ("auto", "triton", "torch", "dense"),
-            f"impl is {impl!r}, and must be auto, triton, torch or dense")
     B, _, T, D = q.shape
     given = [(x.dtype, *x.shape) for x in (q, k, v, *layout)]
     require(len(set(given[:3])) == 1 and all(x.shape == (B, T) for x in layout),
             f"q, k and v (B, H, T, D), of one dtype, and layout (B, T) must agree: {given}")
-    needs = ("triton, a CUDA device of compute capability 8.0 or more, D 16, 32, 64 or 128, bf16, "
-             f"fp16 or fp32, and T at most 1,000,000; given: D {D}, {q.dtype}, {q.device}, T {T}")
     if impl == "auto":
         impl = "triton" if q.is_cuda and kernel_can_run(q) else "torch"
-        if impl == "torch" and is_modern(q.device):
-            warnings.warn(f"attention runs in plain PyTorch; the kernel needs {needs}")
     if impl == "dense":
         return dense_attention(q, k, v, layout[3])
     if impl == "torch":
         return block_attention(q, k, v, layout, window, sinks)
-    require(kernel_can_run(q), f"impl='triton' needs {needs}")
+    require(impl == "triton" and kernel_can_run(q),
+            "impl must be auto, dense, torch or triton, which needs the package, a CUDA device of "
+            "compute capability 8.0 or more, D 16, 32, 64 or 128, and bf16, fp16 or fp32; given: "
+            f"{impl!r}, {q.device}, D {D}, {q.dtype}")
     q, k, v, *layout = (x.contiguous() for x in (q, k, v, *layout))
     # a window beyond the text is the text: so numbers of rows stay within int32
     out, _ = _attention(q, k, v, layout, min(window, T), sinks)
@@ -78,19 +75,17 @@ def sep_attention(q, k, v, layout, window, sinks=0, impl="auto"):
 
 def kernel_can_run(q):
     """Whether there is all that `sep_attention` says it needs; Triton's interpreter is a GPU."""
-    *_, T, D = q.shape
     has_device = is_modern(q.device) or os.environ.get("TRITON_INTERPRET") == "1"
-    # T: a grid has 65,535 blocks, in fp32 of 16 rows
-    return (triton is not None and has_device and D in (16, 32, 64, 128) and T <= 1_000_000
+    return (triton is not None and has_device and q.shape[-1] in (16, 32, 64, 128)
             and q.dtype != torch.float64)
 
 
 def is_modern(device):
-    """Whether this is a GPU for Triton and bf16. An older one is told so, once."""
+    """Whether this is a GPU for Triton and bf16. Warns, once, of an older one."""
     is_gpu = device.type == "cuda"
     is_old = is_gpu and torch.cuda.get_device_capability(device) < (8, 0)
     if is_old:
-        warnings.warn("a GPU below compute capability 8.0: float32, without kernel and compiler")
+        warnings.warn("a GPU below compute capability 8.0: float32, without the kernel")
     return is_gpu and not is_old
 
 
@@ -103,7 +98,8 @@ BLOCK = 64  # queries; larger blocks share more keys, and mask more of them
 
 
 def block_attention(q, k, v, layout, window, sinks):
-    """`dense_attention` in time and memory linear in T.
+    """`dense_attention` in time and memory linear in T, as long as max_seps or block_size bounds
+    what a query sees.
 
     The queries are cut into blocks. A block's keys are [sinks | its range of the far list | its
     windows' rows], gathered for all blocks at once and padded to the longest; then each block is
@@ -180,7 +176,7 @@ def _blocks(layout, window, sinks, dtype):
 #
 # delta is what the softmax's normalisation takes back: rowsum(p * dp) = do . (p v) = do . out.
 #
-# What one program does, with window 3, 1 sink, 4 separators, 4 queries or keys a program and tiles
+# What one program does, with window 3, 1 sink, max_seps 4, 4 queries or keys a program and tiles
 # of 2 (64 in truth). The program of the queries 12 to 15 visits keys in three loops, 1, 2 and 3:
 #
 #     position    0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
@@ -203,13 +199,12 @@ def _blocks(layout, window, sinks, dtype):
 #     key 14 h   .  .  .  .  .  x  x                key  8 d   x  x  x  .  .  .  .  .
 #
 # Tensors are contiguous, and the grid is (H, blocks, B). Indices are clamped, not masked: what is
-# past the end repeats the last row, loads and stores alike. In FAR, START, STOP and REACH, a text's
+# past the end repeats the last entry of far or, of queries, which come in reverse, row 0; loads and
+# stores alike. In FAR, START, STOP and REACH, a text's
 # numbers begin at `text`; in the other tensors, a head's rows begin at `head`.
 
 if triton is None:
-    def jit(function):
-        return function
-    kernel = jit
+    jit = kernel = staticmethod  # decorators that do nothing
 else:
     jit = triton.jit
     # integers do not become part of the compiled program: one compilation serves all lengths
@@ -280,7 +275,7 @@ def _over_keys(step: tl.constexpr, sums, of_queries, K, V, FAR, START, STOP, REA
     FAR += text
     REACH += text
     tile = tl.arange(0, TILE)
-    first = tl.min(t, 0)
+    first = tl.min(t, 0)  # the least; 0 is the axis
     stop = tl.load(STOP + text + first)
     start = tl.load(START + text + t)
     start = tl.minimum(start, stop)
@@ -291,7 +286,7 @@ def _over_keys(step: tl.constexpr, sums, of_queries, K, V, FAR, START, STOP, REA
         row = tl.load(FAR + entry0 + tile)
         sums = step(sums, of_queries, _load(K, row, D), _load(V, row, D), None)
 
-    # behind masked_stop come the sinks, which are the entries 0, 1, ... of far
+    # entry masked_stop + n stands for sink n, which is entry n of far: one loop takes both
     end = masked_stop + tl.minimum(sinks, stop)
     for entry0 in tl.range(tl.min(start, 0), end, TILE, num_stages=5):
         entry = entry0 + tile
@@ -433,9 +428,9 @@ def _new_output(q, *_):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@library.custom_op("nanosep::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, layout: list[Tensor],
-               window: int, sinks: int) -> tuple[Tensor, Tensor]:
+@library.custom_op("nanosep::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, "
+                   "Tensor[] layout, int window, int sinks) -> (Tensor, Tensor)")
+def _attention(q, k, v, layout, window, sinks):
     out, lse = _new_output(q)
     _launch(_forward, q, k, v, *layout, out, lse, window, sinks)
     return out, lse
@@ -446,10 +441,10 @@ def _new_gradients(do, q, k, v, *_):
     return tuple(map(torch.empty_like, (q, k, v)))
 
 
-@library.custom_op("nanosep::attention_backward", mutates_args=())
-def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: list[Tensor],
-                        window: int, sinks: int, out: Tensor,
-                        lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@library.custom_op("nanosep::attention_backward", mutates_args=(), schema="(Tensor do, Tensor q, "
+                   "Tensor k, Tensor v, Tensor[] layout, int window, int sinks, Tensor out, "
+                   "Tensor lse) -> (Tensor, Tensor, Tensor)")
+def _attention_backward(do, q, k, v, layout, window, sinks, out, lse):
     far, _, _, reach = layout
     do = do.contiguous()
     dq, dk, dv = _new_gradients(do, q, k, v)
@@ -462,7 +457,6 @@ def _attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: lis
 def _save_for_backward(ctx, inputs, output):
     q, k, v, layout, ctx.window, ctx.sinks = inputs
     ctx.save_for_backward(q, k, v, *layout, *output)
-    ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, do, _):

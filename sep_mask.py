@@ -9,18 +9,18 @@ The idea: **every key has a reach**. The query at position i sees the key at pos
     0 <= i - j < reach[j]
 
 This is the whole mask. A sink reaches to the end, an ordinary token over the window, a separator to
-`block_size` (the longest distance in training) or, if sooner, until `max_seps` newer ones have left
+`block_size` (the length of a training text) or, if sooner, until `max_seps` newer ones have left
 the window. The example is the text `a,b.cd` with window 2, sinks 1, block_size 4 and no max_seps:
 
     position    0  1  2  3  4  5      w  in the window
     token       a  ,  b  .  c  d      s  a sink that has left the window
     reach      end 4  2  4  2  2      f  a separator that has left the window: it is far
-    query 0     w                     .  hidden: out of reach
+    query 0     w                     ·  hidden: out of reach
     query 1     w  w
     query 2     s  w  w
     query 3     s  f  w  w
-    query 4     s  f  .  w  w
-    query 5     s  .  .  f  w  w
+    query 4     s  f  ·  w  w
+    query 5     s  ·  ·  f  w  w
 
 Down a column, a key is seen by one unbroken range of queries, from its own on. So a cache may drop
 a key for good when its reach is over, and the backward pass of a key is a loop over that range.
@@ -28,8 +28,6 @@ a key for good when its reach is over, and the backward pass of a key is a loop 
 `python sep_mask.py "Some text. And more!"` draws this map for a text. Next: `sep_kernel.py`, the
 attention that follows from it.
 """
-import argparse
-import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from options import add_options, option, require, run_script
+from options import check_minima, option, parse_options, require, run_script
 
 FOREVER = 1 << 40  # a reach beyond the end of every text
 
@@ -47,37 +45,29 @@ class SepConfig:
     """The settings of the attention. ValueError names the field that is out of range."""
     attn: str = option("sep", "full: every token; streamingllm: sinks and window; fixed: these and "
                               "every fixed_every-th token; sep: these and the separators")
-    window: int = option(64, "a query sees the last `window` tokens, itself included")
-    sinks: int = option(4, "how many of the first tokens of the text stay visible")
+    window: int = option(64, "a query sees the last `window` tokens, itself included", 1)
+    sinks: int = option(4, "how many of the first tokens of the text stay visible", 0)
     separators: tuple = tuple(b".,?!;:\n")  # token ids; they belong to the data
     max_seps: int | None = option(None, "how many separators beyond the window are visible, the "
-                                        "latest; None: all within block_size")
+                                        "latest; None: all within block_size", 0)
     fixed_every: int = option(16, "with attn=fixed, the positions divisible by this are treated as "
-                                  "separators are with attn=sep")
+                                  "separators are with attn=sep", 1)
     block_size: int = option(256, "length of a training text in tokens, and how far a separator "
-                                  "reaches; with attn=full only the former")
+                                  "reaches; with attn=full only the former", 1)
 
     def __post_init__(self):
         self.separators = tuple(self.separators)
         modes = ("full", "streamingllm", "fixed", "sep")
         require(self.attn in modes, f"attn is {self.attn!r}, and must be one of {', '.join(modes)}")
-        self.require_range("window", "fixed_every", "block_size", minimum=1)
-        self.require_range("sinks", minimum=0)
-        if self.max_seps is not None:
-            self.require_range("max_seps", minimum=0)
-
-    def require_range(self, *names, minimum):
-        for name in names:
-            value = getattr(self, name)
-            require(isinstance(value, int) and minimum <= value < 2 ** 31,
-                    f"{name} is {value!r}, and must be from {minimum} to {2 ** 31 - 1}")
+        check_minima(self)
 
 
 def is_kept(ids, positions, config):
     """Which tokens stay visible beyond the window: ids (B, T), positions (T,) -> bool (B, T).
 
-    They are the sinks, and the *separators*: from here on, every other kept token, with attn=fixed
-    too. For another choice of tokens, change this function; everything else follows.
+    They are the sinks and the *separators*, which from here on means every other kept token, so
+    with attn=fixed every fixed_every-th. For another choice of tokens, change this function;
+    everything else follows.
     """
     kept = (positions < config.sinks).expand(ids.shape)
     if config.attn == "fixed":
@@ -106,8 +96,8 @@ def key_reach(kept, positions, config):
     is_separator = kept & ~is_sink
     reach = torch.full_like(positions, config.block_size)
     if config.max_seps is not None:
-        # the row of the separator that is max_seps later: the first with that count; of other rows
-        # than separators `where` below discards what is found
+        # the row of the separator that is max_seps later: the first whose count is so much higher;
+        # what this finds for other rows, `where` below discards
         n_separators = is_separator.cumsum(1)
         later_row = torch.searchsorted(n_separators, n_separators + config.max_seps)
         later_position = F.pad(positions, (0, 1), value=FOREVER).gather(1, later_row)
@@ -148,7 +138,7 @@ def far_layout(ids, config):
     if config.attn == "full":
         return None
     B, T = ids.shape
-    # counts the rows, the entries of far, and the queries
+    # the numbers of the rows, of the entries of far, and of the queries
     index = torch.arange(T, device=ids.device).expand(B, T).contiguous()
     kept = is_kept(ids, index[0], config)
     reach = key_reach(kept, index, config)
@@ -164,8 +154,7 @@ def far_layout(ids, config):
     end = torch.where(index < config.sinks, 0, index + reach)  # the first query that sees no more
     is_in_list = index < n_kept[:, -1:]
     end = end.gather(1, far).where(is_in_list, FOREVER)
-    start = torch.searchsorted(end, index, right=True)
-    start = torch.minimum(start, stop)
+    start = torch.minimum(torch.searchsorted(end, index, right=True), stop)
     return SepLayout(far.int(), start.int(), stop.int(), reach.clamp(max=T).int())
 
 
@@ -176,10 +165,9 @@ def separator_table(separators, device):
     """Whether each id is a separator, (n,) bool; the last entry, False, serves all larger ids."""
     key = separators, device
     if key not in _separator_tables:  # made once, since the CPU waits for a copy to a GPU
-        with torch.inference_mode(False):  # else training could not use what generation has made
-            table = torch.zeros(max(separators, default=-1) + 2, dtype=torch.bool)
-            table[list(separators)] = True
-            _separator_tables[key] = table.to(device)
+        table = torch.zeros(max(separators, default=-1) + 2, dtype=torch.bool)
+        table[list(separators)] = True
+        _separator_tables[key] = table.to(device)
     return _separator_tables[key]
 
 
@@ -192,23 +180,16 @@ separator_table._dynamo_marked_constant = True
 
 
 def draw(text, config):
-    """The attention map of a text and what each query sees, as lines to print; a character is a
-    token."""
-    ids = torch.tensor([[ord(character) for character in text]])  # (1, T)
+    """The attention map of a text, as lines to print; a character is a token."""
+    ids = torch.tensor([list(map(ord, text))]).long()  # (1, T)
     positions = torch.arange(len(text))
     reach = key_reach(is_kept(ids, positions, config), positions[None], config)[0].tolist()
     names = ["⏎" if character == "\n" else character if character.isprintable() else "·"
              for character in text]
-
-    yield "one row a query:  █ window   ▓ separator   ▒ sink   · hidden"
-    yield ""
-    indent = " " * 7
-    yield f"{indent}{''.join(names)}   all that it sees: sinks and separators | window"
+    yield "one row a query:  █ window   ▓ separator   ▒ sink   · hidden\n"
+    yield f"       {''.join(names)}"
     for i, name in enumerate(names):
-        marks = [mark(i, j, reach[j], config) for j in range(i + 1)]
-        far = "".join(names[j] for j in range(i + 1) if marks[j] in "▓▒")
-        near = "".join(names[j] for j in range(i + 1) if marks[j] == "█")
-        yield f"{i:4} {name} {''.join(marks):{len(text)}}   {far} | {near}"
+        yield f"{i:4} {name} {''.join(mark(i, j, reach[j], config) for j in range(i + 1))}"
 
 
 def mark(i, j, reach, config):
@@ -221,19 +202,11 @@ def mark(i, j, reach, config):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw who sees whom in a text.")
-    parser.add_argument("text", help="the text, 1 to 200 characters")
     defaults = dict(window=8, sinks=2)
-    add_options(parser, SepConfig, defaults)
-    settings = vars(parser.parse_args())
-    text = settings.pop("text")
-    try:
-        require(1 <= len(text) <= 200, f"the text has {len(text)} characters; a map shows 1 to 200")
-        config = SepConfig(**defaults | settings)
-    except ValueError as error:
-        parser.error(str(error))
-    sys.stdout.reconfigure(encoding="utf-8")
-    for line in draw(text, config):
+    options = parse_options("Draw who sees whom in the first 200 characters of a text.",
+                            [SepConfig], defaults, arguments=["text"])
+    text = options.pop("text")[:200]
+    for line in draw(text, SepConfig(**defaults | options)):
         print(line)
 
 

@@ -6,18 +6,14 @@
     python data/prepare.py --text FILE --tokenizer FOLDER
                                                   in tokens of a pretrained model's tokenizer.json
 
-Without a tokenizer, tokens are bytes. The last tenth of every text is for validation; a file is cut
-into texts of about 256 KB. A folder with nanoGPT's uint16 train.bin and val.bin needs no
-preparation.
+Without a tokenizer, tokens are bytes. The last tenth of every text is for validation. Each file of
+a folder is a text; a file by itself, or a pipe, is cut into texts of about 256,000 characters.
 """
-import argparse
-import ast
 import inspect
 import json
-import os
-import random
+import re
 import sys
-import warnings
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,9 +21,17 @@ import numpy as np
 from tqdm import tqdm
 
 if not __package__:  # as a script, Python looks for modules in data/ alone
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.tokenizer import ByteTokenizer, Tokenizer, read_pieces
-from options import require, run_script
+from options import option, parse_options, require, run_script
+
+
+@dataclass
+class PrepareConfig:
+    """What to prepare."""
+    text: Path = option(None, "a file or folder of yours; None: the documentation, as data/docs")
+    tokenizer: Path = option(None, "folder of a pretrained model, whose tokens replace bytes")
+    out: Path = option(None, "the folder to write; None: data/<name of the text>")
 
 
 def prepare(folder, texts, tokenizer_folder=None):
@@ -36,95 +40,69 @@ def prepare(folder, texts, tokenizer_folder=None):
     Nothing is written before all texts have been read, and train.bin, without which the folder is
     not used, comes last.
     """
-    tokenizer, tokenizer_json = ByteTokenizer(), b""
+    tokenizer = ByteTokenizer()
     if tokenizer_folder:
-        tokenizer = Tokenizer(tokenizer_folder)
-        tokenizer_json = Path(tokenizer_folder, "tokenizer.json").read_bytes()
+        tokenizer = Tokenizer(Path(tokenizer_folder, "tokenizer.json").read_text("utf-8"))
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    meta = dict(vocab_size=tokenizer.vocab_size, dtype=dtype.name,
-                separators=tokenizer.separators())
     parts = {"val.bin": [], "train.bin": []}
     for text in texts:
         end = len(text) * 9 // 10
-        end = text.rfind("\n", len(text) * 8 // 10, end) + 1 or end  # of a line, if one ends there
-        for name, part in (("train.bin", text[:end]), ("val.bin", text[end:])):
-            parts[name].append(np.array(tokenizer.encode(part, False), dtype))
-    require(sum(map(len, parts["val.bin"])), "there is too little text")
+        end = text.rfind("\n", end * 8 // 9, end) + 1 or end  # of a line, if one ends just before
+        for name, piece in (("train.bin", text[:end]), ("val.bin", text[end:])):
+            parts[name].append(np.array(tokenizer.encode(piece, is_first=False), dtype))
+    require(sum(map(len, parts["train.bin"])), "there is too little text")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.bin").unlink(missing_ok=True)
-    (folder / "tokenizer.json").unlink(missing_ok=True)
-    if tokenizer_json:  # whoever samples from a model trained on it needs it
-        (folder / "tokenizer.json").write_bytes(tokenizer_json)
+    meta = dict(vocab_size=tokenizer.vocab_size, dtype=dtype.name,
+                separators=tokenizer.separators(), tokenizer=tokenizer.json)
     (folder / "meta.json").write_text(json.dumps(meta))
-    for name, tokens in parts.items():
-        np.concatenate(tokens).tofile(folder / name)
+    for name, tokens in parts.items():  # a training that reads the old files keeps them
+        np.concatenate(tokens).tofile(folder / ".part")
+        (folder / ".part").replace(folder / name)
 
 
 # ---- sources: each yields texts
 
 
 def read_files(path, out):
-    """A file or pipe, or all that is UTF-8 below a folder: no links, hidden files, or what is in
-    the folder `out`."""
+    """A file or pipe, or all text below a folder: no links, hidden files, files with NUL bytes, or
+    what is in the folder `out`."""
     if not path.is_dir():
-        with open(path, "rb") as file:
-            yield from read_pieces(file)
+        yield from read_pieces(open(path, "rb"))
         return
     n_skipped = 0
     for file in tqdm(sorted(path.rglob("*")), "reading"):
         is_hidden = any(part[0] == "." for part in file.relative_to(path).parts)
         if is_hidden or not file.is_file() or out.resolve() in file.resolve().parents:
             continue
-        try:
-            text = file.read_bytes().decode()
-        except UnicodeDecodeError:
-            text = "\0"
-        if "\0" in text or file.is_symlink():
+        text = file.read_bytes().decode(errors="surrogateescape")
+        if file.is_symlink() or "\0" in text:
             n_skipped += 1
         else:
             yield text
-    if n_skipped:
-        print(f"skipped {n_skipped} files that are links or no UTF-8 text", file=sys.stderr)
+    print(f"skipped {n_skipped} files that are links or no text", file=sys.stderr)
 
 
 def read_docs():
-    """Each string of four lines or more in the code of the standard library, NumPy and torch, once.
-
-    Nearly all of them are documentation.
-    """
-    warnings.simplefilter("ignore")  # other people's string escapes
-    packages = [Path(find_spec(name).origin).parent for name in ("numpy", "torch")]
-    files = [file for folder in (Path(os.__file__).parent, *packages)
-             for file in sorted(folder.rglob("*.py"))
-             if not {"site-packages", "test", "tests"} & set(file.relative_to(folder).parts)]
-    random.Random(0).shuffle(files)  # so that all three are in both parts
-    texts = {}  # a set that keeps its order
-    for file in tqdm(files, "reading docstrings"):
-        try:
-            nodes = ast.walk(ast.parse(file.read_bytes()))
-        except SyntaxError:  # for another version of Python
-            continue
-        texts.update((inspect.cleandoc(node.value), None) for node in nodes
-                     if isinstance(node, ast.Constant) and isinstance(node.value, str)
-                     and node.value.count("\n") > 2)
-    yield "\n\n".join(texts)
+    """What stands in triple quotes, nearly all of it documentation, in each file of the standard
+    library, NumPy and torch."""
+    for name in ("inspect", "numpy", "torch"):
+        folder = Path(find_spec(name).origin).parent
+        for file in tqdm(sorted(folder.rglob("*.py")), f"reading docstrings beside {name}"):
+            if "site-packages" not in file.relative_to(folder).parts:
+                text = file.read_text("utf-8", "replace")
+                texts = re.findall('"""(.*?)"""', text, re.DOTALL)
+                yield "\n\n".join(map(inspect.cleandoc, texts))
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path,
-                        help="a file or folder of yours (default: the documentation, as data/docs)")
-    parser.add_argument("--tokenizer", type=Path,
-                        help="folder of a pretrained model, whose tokens replace bytes")
-    parser.add_argument("--out", type=Path,
-                        help="the folder to write (default: data/<name of the text>)")
-    args = parser.parse_args()
-    name = args.text.resolve().stem if args.text else "docs"
-    folder = args.out or Path(__file__).parent / name
-    texts = read_files(args.text, folder) if args.text else read_docs()
-    prepare(folder, texts, args.tokenizer)
-    print(f"{folder} is ready; train on it with: python train.py --data {folder}", file=sys.stderr)
+    cfg = PrepareConfig(**parse_options(__doc__, [PrepareConfig]))
+    name = cfg.text.resolve().stem if cfg.text else "docs"
+    folder = cfg.out or Path(__file__).parent / name
+    texts = read_files(cfg.text, folder) if cfg.text else read_docs()
+    prepare(folder, texts, cfg.tokenizer)
+    print(f"{folder} is ready; train on it with: python train.py --data {str(folder)!r}",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":
