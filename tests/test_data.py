@@ -1,7 +1,9 @@
 """What the README promises of prepare.py, and of the text and the batches that come from it."""
 import io
+import json
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,23 +22,26 @@ def parts(folder):
 # ---- preparing
 
 
-def test_text_is_prepared_from_a_pipe(tmp_path):
+def test_text_is_prepared_from_a_pipe_and_a_reader_of_the_old_data_keeps_it(tmp_path):
+    prepare(tmp_path, ["abc" * 30])
+    _, old, _ = load_data(tmp_path)
     process = start("data/prepare.py --text /dev/stdin", "--out", tmp_path, stdin=subprocess.PIPE)
     process.communicate("0123456789" * 10)
     assert parts(tmp_path) == ["0123456789" * 9, "0123456789"]
+    assert bytes(old) == b"abc" * 3
 
 
 def test_of_a_folder_all_text_is_read_once_and_its_own_output_never(tmp_path):
     folder = tmp_path / "text"
     (folder / ".git").mkdir(parents=True)
-    for name, content in {"a.txt": TEXT.encode(), ".git/objects": b"no", "image.png": b"\x89PNG",
-                          "zeros": b"no\0"}.items():
+    for name, content in {"a.txt": TEXT.encode(), ".git/objects": b"no",
+                          "image.png": b"\x89PNG\0"}.items():
         (folder / name).write_bytes(content)
     (folder / "itself").symlink_to(folder)
     (folder / "link.txt").symlink_to(folder / "a.txt")
     for _ in range(2):
         _, err = succeed("data/prepare.py", "--text", folder, "--out", folder / "out")
-        assert "".join(parts(folder / "out")) == TEXT and "skipped 3 files" in err
+        assert "".join(parts(folder / "out")) == TEXT and "skipped 2 files" in err
 
 
 @pytest.mark.parametrize("text, sentence", [("", "too little text"), (None, "No such file")])
@@ -68,9 +73,9 @@ def test_a_file_is_read_in_pieces_of_bounded_size_which_hold_every_byte():
 
 
 def test_text_is_decoded_as_its_bytes_arrive():
-    decoder = ByteTokenizer().decoder()
-    assert [decoder.step([byte]) for byte in "é".encode()] == ["", "é"]
-    assert decoder.step("€".encode()[:2]) == "" and decoder.flush() == "\ufffd"
+    decoder = Decoder(ByteTokenizer())
+    assert [decoder.step(byte) for byte in "é€".encode()[:-1]] == ["", "é", "", ""]
+    assert decoder.flush() == "\ufffd"
 
 
 @pytest.mark.parametrize("text", ["", "\ufffd", "a"])
@@ -81,8 +86,8 @@ def test_a_token_costs_constant_work_whether_it_is_text_or_not(text):
         lengths.append(len(ids))
         return text * len(ids)
 
-    decoder = Decoder(decode)
-    written = "".join(decoder.step([0]) for _ in range(2000)) + decoder.flush()
+    decoder = Decoder(SimpleNamespace(decode=decode, words={}))
+    written = "".join(map(decoder.step, [0] * 2000)) + decoder.flush()
     assert written == text * 2000
     assert max(lengths) <= 200 and len(lengths) <= 10_000
 
@@ -96,12 +101,16 @@ def test_every_start_of_a_batch_is_drawn_also_the_last_one(seed):
     assert (y == x + 1).all()
 
 
-@pytest.mark.parametrize("name, content, sentence", [
-    ("meta.pkl", "", "nanoGPT's characters; prepare their text with: python data/prepare.py"),
-    ("meta.json", "{}", "meta.json")])
-def test_folders_of_other_programs_are_refused_in_one_sentence(tmp_path, name, content, sentence):
-    (tmp_path / name).write_text(content)
+def test_token_ids_of_ones_own_need_a_meta_json_that_says_what_they_are(tmp_path):
     for part in ("train.bin", "val.bin"):
-        (tmp_path / part).write_bytes(bytes(100))
-    with pytest.raises(ValueError, match=sentence):
+        np.arange(12, dtype=np.uint16).tofile(tmp_path / part)
+    meta = dict(vocab_size=12, dtype="uint16", separators=[1])
+    with pytest.raises(ValueError, match="is missing or incomplete; to prepare a text: data/prepa"):
         load_data(tmp_path)
+    for change, sentence in ((dict(dtype="int"), "is missing or incomplete"),
+                             (dict(vocab_size=11), "token 11, beyond the vocabulary of 11")):
+        (tmp_path / "meta.json").write_text(json.dumps(meta | change))
+        with pytest.raises(ValueError, match=sentence):
+            load_data(tmp_path)
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert load_data(tmp_path)[2].items() > meta.items()

@@ -83,13 +83,6 @@ def test_nothing_outside_of_the_tensors_is_used(seed):
         assert error(kernel, expected) < 1e-4, (tensors[0].shape, config)
 
 
-def test_gradients_are_the_same_in_every_run(seed):
-    tensors, layout, _, config = random_case(torch.bfloat16, [16])
-    args = layout, config.window, config.sinks
-    first, second = (out_and_gradients(triton_attention, tensors, *args) for _ in range(2))
-    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
-
-
 def test_offsets_beyond_2_to_the_31(seed):
     if DEVICE == "cpu" or torch.cuda.mem_get_info()[0] < 50 << 30:
         pytest.skip("needs a GPU with 50 GB")
@@ -109,8 +102,6 @@ def test_torch_library_accepts_the_operator(seed):
     q, k, v, _ = (x.contiguous().requires_grad_() for x in tensors)
     args = q, k, v, list(layout), config.window, config.sinks
     library.opcheck(_attention, args)
-    _, lse = _attention(*args)
-    assert not lse.requires_grad  # it has no gradient, so none is dropped
 
 
 def test_a_training_step_compiles_without_graph_break(seed, tiny, monkeypatch):
@@ -126,16 +117,12 @@ def test_a_training_step_compiles_without_graph_break(seed, tiny, monkeypatch):
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("T, D, dtype", [
-    (20, 24, torch.float32),
-    (20, 16, torch.float64),
-    (1_000_001, 16, torch.float32),
-])
-def test_what_cannot_be_done_is_a_sentence(T, D, dtype):
-    x = torch.zeros(1, 1, 1, D, device=DEVICE, dtype=dtype).expand(-1, -1, T, -1)
-    layout = [x[:, 0, :, 0].int()] * 4
-    with pytest.raises(ValueError, match=f"needs triton, .*given: D {D}, {dtype}, .*T {T}"):
-        triton_attention(x, x, x, layout, 3)
+@pytest.mark.parametrize("D, dtype", [(24, torch.float32), (16, torch.float64)])
+def test_what_cannot_be_done_is_a_sentence(D, dtype):
+    x = torch.zeros(1, 1, 20, D, device=DEVICE, dtype=dtype)
+    for impl in ("triton", "cuda"):
+        with pytest.raises(ValueError, match=f"torch or triton.* '{impl}', .*D {D}, {dtype}"):
+            sep_attention(x, x, x, [x[:, 0, :, 0].int()] * 4, 3, impl=impl)
 
 
 class OnGPU(torch.Tensor):

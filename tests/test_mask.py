@@ -99,15 +99,6 @@ def test_attention_and_its_gradients_are_those_of_the_definition(seed, impl):
         assert error(actual, expected) < 1e-9, config
 
 
-def test_the_layout_is_linear_in_the_text_and_its_ranges_never_go_back(seed):
-    for _ in range(20):
-        config = random_config()
-        layout = far_layout(torch.randint(12, (2, 100)), config)
-        assert all(x.shape == (2, 100) and x.dtype == torch.int32 for x in layout)
-        assert (layout.start.diff() >= 0).all() and (layout.stop.diff() >= 0).all()
-        assert (layout.far.sort().values == torch.arange(100)).all()
-
-
 @pytest.mark.parametrize("impl", ["dense", "torch", "triton", "auto"])
 def test_shapes_and_dtypes_that_disagree_are_refused(impl):
     x = torch.zeros(2, 4, 8, 16)
@@ -122,15 +113,8 @@ def test_shapes_and_dtypes_that_disagree_are_refused(impl):
             sep_attention(x, k, v, [rows_of_layout] * 4, 2, impl=impl)
 
 
-def test_unknown_impls_are_refused():
-    x = torch.zeros(1, 1, 8, 16)
-    with pytest.raises(ValueError, match="cuda.*must be auto, triton, torch or dense"):
-        sep_attention(x, x, x, (), 2, impl="cuda")
-
-
 @pytest.mark.parametrize("name, value", [
-    ("window", 0), ("window", 2 ** 31), ("sinks", -1), ("attn", "seps"), ("max_seps", -1),
-    ("fixed_every", 0)])
+    ("window", 0), ("sinks", -1), ("attn", "seps"), ("max_seps", -1), ("fixed_every", 0)])
 def test_a_setting_out_of_range_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value!r}.*must be"):
         SepConfig(**{name: value})
@@ -139,14 +123,15 @@ def test_a_setting_out_of_range_is_named(name, value):
 def test_the_map_is_drawn_as_the_readme_shows_it():
     _, out, _ = run("sep_mask.py", "To be, or not to be: that is it. So?", "--max_seps", 1)
     lines = out.splitlines()
-    assert "  35 ? ▒▒·················▓········████████   To: |  it. So?" in lines
+    assert "  35 ? ▒▒·················▓········████████" in lines
     readme = (ROOT / "README.md").read_text().splitlines()
-    shown = [line for line in readme if line[:4].strip().isdigit() and "|" in line]
-    assert shown and set(shown) <= set(lines)
+    shown = [line for line in readme if "█" in line]
+    assert len(shown) > 5 and set(shown) <= set(lines)
 
 
 def test_the_map_draws_any_text():
-    _, out, _ = run("sep_mask.py", "é.ü", "--window", 1, "--sinks", 0)
-    assert out.splitlines()[-1] == "   2 ü ·▓█   . | ü"
-    assert run("sep_mask.py", "x" * 300)[0] == 2
-    assert run("sep_mask.py", b"caf\xe9")[0] == 0  # not UTF-8
+    for text, last_line in (("é.ü", "   2 ü ·▓█"), (".\udce9", "   1 · ▓█"), ("", "       ")):
+        _, out, _ = run("sep_mask.py --window 1 --sinks 0", text)
+        assert out.splitlines()[-1] == last_line
+
+
