@@ -16,8 +16,7 @@ from matplotlib.colors import LogNorm
 from plotting import GREY, new_figure, save_figure
 from tqdm import tqdm
 
-from data.tokenizer import load_tokenizer
-from pretrained import load_model
+from pretrained import load_model, tokenizer_of
 
 N_FIRST = 4
 COLUMNS = ["separators, lift beyond 8", "frequent words, lift beyond 8",
@@ -127,8 +126,8 @@ def draw_sentence(model, tokenizer):
 
 def main():
     args = new_parser(__doc__, "model", "text", texts=8).parse_args()
-    tokenizer = load_tokenizer(args.model)
     model = load_model(args.model)
+    tokenizer = tokenizer_of(model)
     model.configure(attn="full")  # it keeps the separators
     texts = read_texts(tokenizer, args.text, args.texts)
     is_separator = torch.zeros(model.config.vocab_size, dtype=torch.bool)

@@ -15,8 +15,7 @@ from common import T, new_parser, print_head, print_row, reach_of, read_texts, w
 from tqdm import tqdm
 
 import sep_mask
-from data.tokenizer import load_tokenizer
-from pretrained import load_model
+from pretrained import load_model, tokenizer_of
 
 # ---- which tokens stay visible: each rule may stand in the place of sep_mask.is_kept
 
@@ -76,7 +75,7 @@ SAME_ROOM = {"streamingllm 140": "sep 32", "streamingllm 228": "sep 128"}
 def main():
     args = new_parser(__doc__, "model", "text", texts=49).parse_args()
     model = load_model(args.model, max_seps=None, fixed_every=9)
-    texts = read_texts(load_tokenizer(args.model), args.text, args.texts)
+    texts = read_texts(tokenizer_of(model), args.text, args.texts)
     losses, keys = {}, {}
     for ids in tqdm(texts, "texts"):
         for name, (rule, attn, window) in cases().items():

@@ -28,7 +28,7 @@ print(torch.cuda.get_device_name(), 'torch', torch.__version__, 'triton', triton
 " || exit 1
 mkdir -p "$out"
 
-make_tokens() {  # a folder of random tokens as nanoGPT writes it; every 10th is a full stop
+make_tokens() {  # a data folder of random tokens of GPT-2; every 10th is a full stop
     mkdir -p "$out/tokens"
     "$python" -c "
 import numpy
@@ -36,6 +36,7 @@ tokens = numpy.random.default_rng(0).integers(50257, size=1_000_000).astype('uin
 tokens[9::10] = 13
 tokens.tofile('$out/tokens/train.bin')
 tokens.tofile('$out/tokens/val.bin')"
+    echo '{"vocab_size": 50304, "dtype": "uint16", "separators": [13]}' > "$out/tokens/meta.json"
 }
 
 training_head() {

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from common import new_parser, print_head, print_row, with_errors
 from tqdm import tqdm
 
-from data.tokenizer import load_tokenizer
-from pretrained import load_model
+from pretrained import load_model, tokenizer_of
 from sep_cache import make_cache
 
 PROMPT = Path(__file__).with_name("gsm8k_prompt.txt")
@@ -55,10 +54,10 @@ def loss_of_answer(model, cache, last_logits, tokenizer, problem):
 
 def main():
     args = new_parser(__doc__, "model", "problems", n=200).parse_args()
-    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, max_seps=None)
+    tokenizer = tokenizer_of(model)
     examples = torch.tensor([tokenizer.encode(PROMPT.read_text())])
     problems = read_problems(args.problems)[:args.n]
-    model = load_model(args.model, max_seps=None)
     print(f"{examples.shape[1]} tokens of examples, {len(problems)} problems")
     print_head("attention", "keys", "answer - full", "number - full")
     full = None  # the losses of the first case

@@ -17,8 +17,7 @@ from far_keys import AS_CONFIGURED, loss_of_halves, token_before
 from plotting import new_figure, save_figure
 from tqdm import tqdm
 
-from data.tokenizer import load_tokenizer
-from pretrained import load_model
+from pretrained import load_model, tokenizer_of
 
 N_STEPS = 300
 EVAL_EVERY = 50
@@ -81,7 +80,7 @@ def main():
     parser = new_parser(__doc__, "model", "train", "test", kinds=list(KINDS), out=Path("out-post"))
     args = parser.parse_args()
     args.out.mkdir(exist_ok=True)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = tokenizer_of(load_model(args.model))
     train_texts = read_texts(tokenizer, args.train, N_STEPS)
     test_texts = read_texts(tokenizer, args.test, 16)
     for name in args.kinds:

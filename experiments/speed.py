@@ -12,6 +12,7 @@ records, too. Compiling is outside the clock: half a minute or more for a row. W
 CUDA_VISIBLE_DEVICES= measures the CPU.
 """
 import time
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from types import SimpleNamespace
@@ -19,16 +20,23 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from common import new_parser, print_head, print_row, times_or_nan
+from common import print_head, print_row, times_or_nan
 
 from model import GPT, GPTConfig
-from options import add_options, fields_of, run_script
+from options import fields_of, option, parse_options, run_script
 from pretrained import SHAPE, load_model
 from sep_kernel import sep_attention
 from sep_mask import SepConfig, far_layout
 from train import PRESET
 
 N = 32  # tokens that are timed together
+
+
+@dataclass
+class SpeedConfig:
+    model: str = option(None, "a pretrained model's folder, measured too on a CPU")
+    batch_size: int = option(1, "texts that are written at once")
+    vocab_size: int = option(256, "tokens that the model knows")
 
 
 def in_turns(runs, rounds):
@@ -94,7 +102,7 @@ def transformers(model, ids):
     """The same with transformers' generate, of a Llama of this shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
     shape = {theirs: getattr(model.config, name) for name, theirs in SHAPE.items()}
-    llama = LlamaForCausalLM(LlamaConfig(**shape)).to(ids.device, model.embed.weight.dtype)
+    llama = LlamaForCausalLM(LlamaConfig(**shape)).to(ids.device, model.embed_tokens.weight.dtype)
     stamps = []
     streamer = SimpleNamespace(put=lambda _: stamps.append(time.perf_counter()), end=lambda: None)
     llama.generate(ids, streamer=streamer, max_new_tokens=N + 1, min_new_tokens=N + 1,
@@ -106,7 +114,7 @@ def decoding(model, contexts, hows, rounds, batch_size=1):
     """Tokens per second, over the batch, of reading a prompt / of writing behind it."""
     print_head("context", "attn", *hows, "transformers")
     for context in contexts:
-        ids = torch.randint(256, (batch_size, context), device=model.embed.weight.device)
+        ids = torch.randint(256, (batch_size, context), device=model.embed_tokens.weight.device)
         ids[:, 9::10] = model.config.separators[0]
         for attn in ("sep", "full"):
             model.configure(attn=attn)
@@ -119,10 +127,9 @@ def decoding(model, contexts, hows, rounds, batch_size=1):
 
 
 def main():
-    parser = new_parser(__doc__, model="", batch_size=1, vocab_size=256)
-    add_options(parser, GPTConfig, PRESET)
-    args = parser.parse_args()
-    model = GPT(GPTConfig(**fields_of(GPTConfig, PRESET | vars(args))))
+    options = parse_options(__doc__, [SpeedConfig, GPTConfig], PRESET)
+    args = SpeedConfig(**fields_of(SpeedConfig, options))
+    model = GPT(GPTConfig(**fields_of(GPTConfig, PRESET | options)))
     if torch.cuda.is_available():
         decoding(model.to("cuda", torch.bfloat16), (256, 16384),
                  ("eager", "recorded", "compiled"), 1, args.batch_size)
