@@ -148,7 +148,7 @@ UNSUPPORTED = [
     ('{"rope_scaling": 8}', NUMBER),
     ('{"rope_parameters": "llama3"}', NUMBER),
     ('{"vocab_size": "many"}', NUMBER),
-    ('{"hidden_size": null}', NUMBER),
+    ('{"max_position_embeddings": null}', NUMBER),
     ('{"num_key_value_heads": 3}', "n_head is 4, and must be a multiple of n_kv_head, 3"),
     ('{"num_hidden_layers": 3}', "no such weights .* 'model.layers.2.input_layernorm"),
     ('{"num_hidden_layers": 1}', "holds the tensor model.layers.1.input_layernorm.weight"),
