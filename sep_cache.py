@@ -105,7 +105,8 @@ class SepCache:
             self._drop_hidden_rows(T)
         self.n_rows += T
         self.n_asked += T
-        self.past_horizon = self.n_asked > self.config.block_size and self.config.attn != "full"
+        is_longer = self.n_asked > self.config.block_size
+        self.past_horizon = is_longer and self.config.attn != "full"
 
     def advance(self, ids):
         """Who sees whom, for new tokens ids (B, T).
