@@ -411,7 +411,11 @@ def _backward_dkdv(Q, K, V, FAR, REACH, LSE, DO, DELTA, DK, DV,
 
 
 def _launch(program, q, *args):
-    """Launch a kernel over blocks of rows of every head. The sizes fit all GPUs."""
+    """Launch a kernel over blocks of rows of every head. The sizes fit all GPUs.
+
+    A grid has at most 65,535 blocks of rows, so T may be 4 million, in fp32 1 million; beyond that
+    the driver refuses the launch.
+    """
     B, H, T, D = q.shape
     block = 64
     tile = 64 if D <= 64 else 32
