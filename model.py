@@ -218,10 +218,15 @@ class GPT(nn.Module):
         """Change settings that shape no weights, like `attn`. ValueError as in GPTConfig."""
         self.config = dataclasses.replace(self.config, **changes)
 
+    def new_cache(self, batch_size=1):
+        """An empty cache for so many texts, on the model's device and of its dtype."""
+        weight = self.embed_tokens.weight
+        return make_cache(self.config, batch_size, weight.device, weight.dtype)
+
     def forward(self, ids, targets=None, cache=None):
         """Logits (B, T, V), and the mean cross-entropy in nats or, without targets, None.
 
-        ids, targets (B, T) int64; cache: of `make_cache`, takes the tokens in. ValueError for a
+        ids, targets (B, T) int64; cache: of `new_cache`, takes the tokens in. ValueError for a
         text beyond block_size without a cache.
         """
         T = ids.shape[1]
@@ -271,7 +276,7 @@ class GPT(nn.Module):
         Meanwhile the model must stay as it is. ValueError if the prompt's logits are not finite.
         """
         if cache is None:
-            cache = make_cache(self.config, len(ids), ids.device, self.embed_tokens.weight.dtype)
+            cache = self.new_cache(len(ids))
         for chunk in ids.split(CHUNK_SIZE, dim=1):
             logits, _ = self(chunk, cache=cache)
         require(logits.isfinite().all(), "the model's logits are not finite: it is broken")

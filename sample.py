@@ -20,7 +20,6 @@ from data.tokenizer import Decoder, read_pieces
 from model import CHUNK_SIZE
 from options import check_minima, fields_of, option, parse_options, require, run_script
 from pretrained import load_model, tokenizer_of
-from sep_cache import make_cache
 from sep_kernel import is_modern
 from sep_mask import SepConfig
 
@@ -52,7 +51,7 @@ class SampleConfig:
 
 def write(model, tokenizer, prompt, cfg):
     """Print a text as it comes: the prompt (a list of ids) and its continuation."""
-    cache = make_cache(model.config, 1, cfg.device, model.embed_tokens.weight.dtype)
+    cache = model.new_cache()
     n_tokens = cfg.max_new_tokens or (sys.maxsize if cfg.stream else 500)
     ids = torch.tensor([prompt], device=cfg.device)
     tokens = model.generate(ids, n_tokens, cfg.temperature, cfg.top_k, cache, cfg.compile)
@@ -85,7 +84,7 @@ def score(model, tokenizer, file, device):
 
     Perplexity is e to the mean loss. Nothing predicts the first token, so it does not count.
     """
-    cache = make_cache(model.config, 1, device, model.embed_tokens.weight.dtype)
+    cache = model.new_cache()
     ids = []
     nats = 0
     bar = tqdm(None, "scoring", unit="token", unit_scale=True)

@@ -260,7 +260,7 @@ def start(options):
         model = GPT(GPTConfig(**fields_of(GPTConfig, PRESET | options | meta)))
     asked = fields_of(GPTConfig, options)
     require(replace(model.config, **asked) == model.config,
-            f"of {asked} something is not as in the model, which has settled it")
+            f"the model has settled its shape and attention, and not all of them are {asked}")
     return train(cfg, model, data, state)
 
 

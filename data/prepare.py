@@ -46,9 +46,10 @@ def prepare(folder, texts, tokenizer_folder=None):
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     parts = {"val.bin": [], "train.bin": []}
     for text in texts:
-        end = len(text) * 9 // 10
-        end = text.rfind("\n", end * 8 // 9, end) + 1 or end  # of a line, if one ends just before
-        for name, piece in (("train.bin", text[:end]), ("val.bin", text[end:])):
+        cut = len(text) * 9 // 10
+        line_end = text.rfind("\n", cut * 8 // 9, cut) + 1  # 0 if no line ends just before
+        cut = line_end or cut
+        for name, piece in (("train.bin", text[:cut]), ("val.bin", text[cut:])):
             parts[name].append(np.array(tokenizer.encode(piece, is_first=False), dtype))
     require(sum(map(len, parts["train.bin"])), "there is too little text")
     folder.mkdir(parents=True, exist_ok=True)

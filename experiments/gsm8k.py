@@ -18,7 +18,6 @@ from common import new_parser, print_head, print_row, with_errors
 from tqdm import tqdm
 
 from pretrained import load_model, tokenizer_of
-from sep_cache import make_cache
 
 PROMPT = Path(__file__).with_name("gsm8k_prompt.txt")
 CASES = [dict(attn="full")]
@@ -63,7 +62,7 @@ def main():
     full = None  # the losses of the first case
     for settings in CASES:
         model.configure(**settings)
-        cache = make_cache(model.config)
+        cache = model.new_cache()
         with torch.inference_mode():
             logits, _ = model(examples, cache=cache)
         keys = cache.row_visible.sum()
