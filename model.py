@@ -1,8 +1,8 @@
 """The GPT: the transformer of Llama and Qwen3, over sinks, separators and a window.
 
-The one idea: training, prefill and decoding are the same `compute`. Without a cache the queries
-attend to the keys of their own text, with one to those that the cache returns. Who sees whom is
-worked out once, before the first layer.
+The one idea: training, prefill and decoding are the same `compute`. Without a cache, queries attend
+to the keys of their own text. With a cache, they attend to the keys that the cache returns. Who sees
+whom is worked out once, before the first layer.
 
 What is trained from scratch here has the shape of Qwen3; `pretrained.load_model` reads Llama,
 Mistral and Qwen into the same class. Next: `train.py`, or `pretrained.py`.
@@ -18,8 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from options import option, require
-from sep_cache import make_cache
-from sep_kernel import sep_attention
+from sep_cache import SepCache
+from sep_kernel import in_blocks, is_modern, sep_attention
 from sep_mask import SepConfig, far_layout
 
 
@@ -57,8 +57,10 @@ class GPTConfig(SepConfig):
 
 def rope_frequencies(config, device):
     """Angle per position of each channel pair, (D / 2,) float64."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
-    frequencies = config.rope_theta ** (-exponent / config.head_dim)
+    D = config.head_dim
+    # theta^0, theta^(-2/D), theta^(-4/D), ...
+    frequencies = torch.logspace(0, 2 / D - 1, D // 2, base=config.rope_theta,
+                                 dtype=torch.float64, device=device)
     scaling = config.rope_scaling
     if scaling is not None:
         # Llama 3.1: pairs that turn often within the original length stay, slow ones slow down
@@ -81,7 +83,9 @@ def rope_cos_sin(positions, frequencies, dtype):
     dtype = torch.promote_types(dtype, torch.float32)
     cos = angle.cos().to(dtype)
     sin = angle.sin().to(dtype)
-    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
+    # Stored as one tensor. Otherwise torch.compile would not store it at all, and compute float64
+    # cosines again for every element of q and k in every layer.
+    return torch.cat([cos, cos, -sin, sin], dim=1).chunk(2, dim=1)
 
 
 def apply_rope(x, cos_sin):
@@ -109,10 +113,11 @@ class Attention(nn.Module):
             self.qk_gain = nn.Parameter(torch.ones(n_qk, 1, D))
 
     def forward(self, x, config, cos_sin, layout, cache, mask, sink_cos_sin):
-        """x (B, T, C) -> (B, T, C). cos_sin rotates q and k.
+        """x (B, T, C) -> (B, T, C). All else is the same for all layers:
 
-        Who sees whom says, without a cache, layout (of `far_layout`), else mask (of its `advance`).
-        sink_cos_sin: a second rotation of q, for the sinks, or None; see `GPT.compute`.
+        cos_sin rotates q and k to their positions. Without a cache, layout says who sees whom: it
+        is of `far_layout`. With a cache, mask does: it is of the cache's `advance`. sink_cos_sin is
+        None, or a second rotation of q, for the sinks: see `GPT.compute`.
         """
         B, T, _ = x.shape
         D = config.head_dim
@@ -126,41 +131,37 @@ class Attention(nn.Module):
             qk = qk.to(v.dtype)
         q, k = apply_rope(qk, cos_sin).split([H, H_kv], dim=1)  # (B, H, T, D), (B, H_kv, T, D)
 
-        if cache is None:
-            # a copy of shared keys for each head: one program of the kernel serves one head
-            k, v = (x.repeat_interleave(H // H_kv, dim=1) for x in (k, v))  # (B, H, T, D)
-            if layout is None:
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            else:
-                y = sep_attention(q, k, v, layout, config.window, config.sinks)
-        else:
+        if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (B, H_kv, M, D)
             q_sink = None
             if sink_cos_sin is not None:
                 q_sink = apply_rope(qk[:, :H], sink_cos_sin)
             y = cached_attention(q, k, v, mask, q_sink, config.sinks)
+        else:
+            # a copy of shared keys for each head: one program of the kernel serves one head
+            k, v = (x.repeat_interleave(H // H_kv, dim=1) for x in (k, v))  # (B, H, T, D)
+            y = sep_attention(q, k, v, layout)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 def cached_attention(q, k, v, mask, q_sink=None, sinks=0):
     """Softmax attention of new queries over the rows of a cache.
 
-    q, q_sink (B, H, T, D); k, v (B, H_kv, M, D), shared by neighbouring heads; mask (B, 1, T, M).
-    With q_sink, the first `sinks` rows are scored by it. Returns (B, H, T, D).
+    q, q_sink (B, H, T, D); k, v (B, H_kv, M, D), shared by G = H / H_kv neighbouring heads; mask of
+    the cache's `advance`, (B, 1, G T, M). With q_sink, it and not q scores the first `sinks` rows.
+    Returns (B, H, T, D).
     """
     B, H, T, D = q.shape
     _, H_kv, M, _ = k.shape
     # The queries of the heads that share keys become further queries of one head. PyTorch's own
     # way, enable_gqa, would leave the fast kernels of most GPUs when there is a mask.
-    q = q.reshape(B, H_kv, -1, D)
-    mask = mask.expand(B, H // H_kv, T, M).reshape(B, 1, -1, M)
+    q = q.reshape(B, H_kv, -1, D)  # (B, H_kv, G T, D)
     if q_sink is not None:
-        # what q k lacks of q_sink k: added to the mask, it makes these the scores of the sinks, the
-        # first rows
+        # q_sink k = q k + (q_sink - q) k: the second part is added to the mask of the sinks
         missing = (q_sink.reshape(q.shape) - q) @ k[:, :, :sinks].mT * D ** -0.5
         mask = mask + F.pad(missing, (0, M - missing.shape[-1]))
     y = F.scaled_dot_product_attention(q, k, v, mask)
-    return y.view(B, H, T, D)
+    return y.reshape(B, H, T, D)  # not view: on some GPUs the memory of y is (B, G T, H_kv, D)
 
 
 class MLP(nn.Module):
@@ -168,12 +169,12 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.gate_up_proj = nn.Linear(config.n_embd, 2 * config.n_inner, bias=False)
         self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -185,8 +186,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, *for_attention):
-        x = x + self.self_attn(self.input_layernorm(x), *for_attention)
+    def forward(self, x, **shared):
+        """x (B, T, C) -> (B, T, C). shared: what `Attention.forward` takes besides x."""
+        x = x + self.self_attn(self.input_layernorm(x), **shared)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
@@ -200,14 +202,16 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.tokenizer_json = None  # the text of the tokenizer.json that its tokens are of
+        self.register_buffer("separators", torch.tensor(config.separators), persistent=False)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Unit variance into attention, MLP and logits, and little out of a block at first. So the
-        # rows of the embedding have length 1. With the customary std of 0.02 Adam's steps soon
-        # drown what tells tokens apart: see the recall in experiments/RESULTS.md.
+        # Unit variance goes into attention, MLP and logits, and little comes out of a block at
+        # first. So the rows of the embedding have length 1. With the customary std of 0.02 Adam's
+        # steps soon drown what tells tokens apart: see the recall in experiments/RESULTS.md.
         for name, weight in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.normal_(weight, std=0.02 / (2 * config.n_layer) ** 0.5)
@@ -217,20 +221,23 @@ class GPT(nn.Module):
     def configure(self, **changes):
         """Change settings that shape no weights, like `attn`. ValueError as in GPTConfig."""
         self.config = dataclasses.replace(self.config, **changes)
+        self.separators = torch.tensor(self.config.separators, device=self.embed_tokens.weight.device)
 
     def new_cache(self, batch_size=1):
         """An empty cache for so many texts, on the model's device and of its dtype."""
         weight = self.embed_tokens.weight
-        return make_cache(self.config, batch_size, weight.device, weight.dtype)
+        return SepCache(self.config, batch_size, weight.device, weight.dtype)
 
     def forward(self, ids, targets=None, cache=None):
-        """Logits (B, T, V), and the mean cross-entropy in nats or, without targets, None.
+        """Logits (B, T, V) and None or, with targets, None and the mean cross-entropy in nats.
 
-        ids, targets (B, T) int64; cache: of `new_cache`, takes the tokens in. ValueError for a
-        text beyond block_size without a cache.
+        ids, targets (B, T) int64; cache: of `new_cache`, takes the tokens in. ValueError for a text
+        beyond block_size without a cache, and for a cache of other settings than the model's.
         """
         T = ids.shape[1]
         if cache is not None:
+            require(cache.config == self.config, "the model has been configured since this cache "
+                    "was made; make a new one")
             cache.make_room(T)
         else:
             require(T <= self.config.block_size, f"the text has {T} tokens, and block_size is "
@@ -238,31 +245,35 @@ class GPT(nn.Module):
         return self.compute(ids, targets, cache)
 
     def compute(self, ids, targets=None, cache=None):
-        """`forward` once there is room in the cache: then work of the device alone, with no number
-        read back, so it can be compiled, or recorded as a CUDA graph."""
+        """`forward` once there is room in the cache. With a cache this is work of the device alone,
+        with no number read back. So it can be compiled, or recorded as a CUDA graph."""
         config = self.config
         layout = mask = sink_cos_sin = None
-        if cache is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)
-            layout = far_layout(ids, config)
-        else:
+        if cache is not None:
             positions, mask = cache.advance(ids)
+        else:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+            layout = far_layout(ids, config, self.separators)
+            if not is_modern(ids.device):
+                layout = in_blocks(layout)  # here, so that not every layer does it
 
         x = self.embed_tokens(ids)  # (B, T, C)
         frequencies = rope_frequencies(config, ids.device)
         cos_sin = rope_cos_sin(positions, frequencies, x.dtype)
         if cache is not None and cache.past_horizon:
-            # Only sinks are seen from distance block_size on. To keep their distances trained ones,
-            # q_sink is the query rotated to min(position, block_size - 1).
+            # From distance block_size on, a query sees only sinks. To keep their distances trained
+            # ones, q_sink is the query rotated to min(position, block_size - 1).
             trained_positions = positions.clamp(max=config.block_size - 1)
             sink_cos_sin = rope_cos_sin(trained_positions, frequencies, x.dtype)
         for block in self.layers:
-            x = block(x, config, cos_sin, layout, cache, mask, sink_cos_sin)
+            x = block(x, config=config, cos_sin=cos_sin, layout=layout, cache=cache, mask=mask,
+                      sink_cos_sin=sink_cos_sin)
         head = self.embed_tokens if config.tied else self.lm_head
         logits = F.linear(self.norm(x), head.weight)  # (B, T, V)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            logits = None  # who has the loss does not need them, and they are large
         if cache is not None:
             cache.take_in(ids.shape[1])
         return logits, loss
@@ -273,17 +284,19 @@ class GPT(nn.Module):
 
         temperature 0 is greedy; top_k: sample among the k most likely tokens, None: among all;
         cache: a fresh one, by default one is made; compile: the work of a token by torch.compile.
-        Meanwhile the model must stay as it is. ValueError if the prompt's logits are not finite.
+        Meanwhile the model must stay as it is. A token of -1 says that the model's logits are not
+        finite: it is broken. ValueError for an empty prompt, temperature or top_k out of range.
         """
+        require(0 <= temperature < math.inf and (top_k is None or top_k >= 1),
+                f"temperature is {temperature} and top_k {top_k}; they must be finite, at least 0 "
+                "and at least 1")
+        require(ids.numel() > 0, f"there is no token in the prompts, {tuple(ids.shape)}")
         if cache is None:
             cache = self.new_cache(len(ids))
-        for chunk in ids.split(CHUNK_SIZE, dim=1):
+        for chunk in ids.long().split(CHUNK_SIZE, dim=1):
             logits, _ = self(chunk, cache=cache)
-        require(logits.isfinite().all(), "the model's logits are not finite: it is broken")
         token = sample_token(logits[:, -1], temperature, top_k)  # (B,)
-        compute = self.compute
-        if compile:
-            compute = torch.compile(compute, fullgraph=True)
+        compute = torch.compile(self.compute) if compile else self.compute
 
         def next_token():
             logits, _ = compute(token[:, None], cache=cache)
@@ -298,25 +311,36 @@ class GPT(nn.Module):
 
 
 def sample_token(logits, temperature, top_k):
-    """Sample token ids (B,) from logits (B, V), without a word from the device to the host."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    if top_k is not None:
-        kept = logits.topk(min(top_k, logits.shape[-1]))
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
-    # Gumbel's trick: with this noise each token is the largest with its softmax probability.
-    # torch.multinomial does the same, but asks the device whether the probabilities are valid.
-    logits = logits.double() / temperature  # none overflows
-    return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
+    """Sample token ids (B,) from logits (B, V), without a word from the device to the host.
+
+    An id is -1 where logits are not finite.
+    """
+    if temperature > 0:
+        if top_k is not None:
+            kept = logits.topk(min(top_k, logits.shape[-1]))
+            nothing = torch.full_like(logits, -torch.inf)
+            logits = nothing.scatter(-1, kept.indices, kept.values)
+        # Gumbel's trick: with this noise each token is the largest with its softmax probability.
+        # torch.multinomial does the same, but asks the device whether probabilities are valid.
+        logits = logits.double() / temperature  # none overflows
+        logits = logits - torch.empty_like(logits).exponential_().log()
+    largest, token = logits.max(-1)
+    return token.where(largest < torch.inf, -1)  # NaN is not less
 
 
 class RecordedStep:
     """A step of decoding, which a GPU records once as a CUDA graph, and then replays.
 
     A step is some 200 launches of kernels, and for each the GPU waits for Python; a replay is one.
-    Whenever the cache has new buffers, and once more when the text passes block_size, the next step
-    runs as it is; the one after it is recorded, which runs nothing, and replayed, as all later ones
-    are. Elsewhere than on a GPU every step runs as it is.
+
+        | step             | what happens                                                   |
+        | the first        | runs: loads kernels, makes the handles of libraries, compiles  |
+        | the second       | is recorded, which runs nothing, and replayed                  |
+        | all later ones   | are replayed                                                   |
+        | with new buffers | runs as the first did, and everything begins again             |
+
+    It begins again once more when the text passes block_size, since then sinks are scored apart.
+    Elsewhere than on a GPU every step runs.
     """
     is_possible = True  # after a failed recording PyTorch can begin no other in this process
 
@@ -332,7 +356,7 @@ class RecordedStep:
         if buffer is not cache.row_position or past_horizon != cache.past_horizon:
             self.key = cache.row_position, cache.past_horizon
             self.replay = None
-            self.step()  # loads kernels, makes the handles of libraries, compiles
+            self.step()
             return
         if self.replay is None:
             self.replay = record(self.step, cache.row_position.device)
@@ -352,11 +376,8 @@ def record(step, device):
                 step()
             return graph.replay
         except RuntimeError as error:
-            # PyTorch leaves the stream and the generator as if recording went on
             RecordedStep.is_possible = False
-            torch.cuda.set_stream(stream)
-            generator = torch.cuda.default_generators[device.index]
-            generator.graphsafe_set_state(generator.clone_state())
+            torch.cuda.set_stream(stream)  # PyTorch leaves that of the recording
             warnings.warn(f"decoding without a CUDA graph: {error}")
             return step
 

@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
+import traceback
 
 
 def option(default, help=None, minimum=None):
@@ -23,7 +25,7 @@ def check_minima(config):
     for field in dataclasses.fields(config):
         minimum = field.metadata.get("minimum")
         value = getattr(config, field.name)
-        require(minimum is None or value is field.default is None or value >= minimum,
+        require(minimum is None or value is field.default is None or minimum <= value < math.inf,
                 f"{field.name} is {value}, and must be at least {minimum}")
 
 
@@ -101,7 +103,10 @@ class ErrorOutput:
 
 
 def run_script(main):
-    """Call main. What goes wrong ends the program with one sentence and exit code 1."""
+    """Call main. What goes wrong ends the program with one sentence and exit code 1.
+
+    With `python -X dev` it ends with Python's traceback instead.
+    """
     sys.stderr = ErrorOutput()
     sys.stdout = sys.stdout or open(os.devnull, "w")  # if it was closed
     sys.stdout.reconfigure(encoding="utf-8")
@@ -114,6 +119,20 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit("stopped")
-    except (ValueError, OSError, RuntimeError, AssertionError, IndexError, OverflowError) as error:
-        # PyTorch's own errors are RuntimeErrors of many lines; the first two say what it is
-        sys.exit(f"error: {' '.join(str(error).splitlines()[:2])}")
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        sentence = " ".join(str(error).splitlines()[:2])  # some of PyTorch's have many lines
+        if not isinstance(error, (ValueError, OSError, OverflowError)):  # unforeseen
+            sentence = (f"{type(error).__name__}: {sentence} ({last_place(error)}; the way there is "
+                        f"shown by: python -X dev {' '.join(sys.argv)})")
+        sys.exit(f"error: {sentence}")
+
+
+def last_place(error):
+    """The last line of this repository that an error has passed, as file:line."""
+    places = [f"{frame.filename}:{frame.lineno}"
+              for frame in traceback.extract_tb(error.__traceback__)
+              if "site-packages" not in frame.filename]
+    ours = os.path.dirname(os.path.abspath(__file__))
+    return [place for place in places if place.startswith(ours)][-1]

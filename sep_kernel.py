@@ -12,15 +12,14 @@ fused-attention tutorial. Next: `sep_cache.py`.
 """
 from __future__ import annotations  # without triton there is no `tl` to annotate with
 
-import functools
 import os
-import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import library
 
 from options import require
+from sep_mask import visible
 
 try:
     import triton
@@ -32,19 +31,18 @@ except ImportError:  # on a Mac, say: plain PyTorch serves
 def dense_attention(q, k, v, reach):
     """The definition: q, k, v (B, H, T, D); reach (B, T) of the keys -> (B, H, T, D)."""
     position = torch.arange(q.shape[2], device=q.device)
-    distance = position[:, None] - position  # (T, T), from key to query
-    visible = (0 <= distance) & (distance < reach[:, None])  # (B, T, T)
-    return F.scaled_dot_product_attention(q, k, v, visible[:, None])
+    mask = visible(position, position, reach)  # (B, T, T)
+    return F.scaled_dot_product_attention(q, k, v, mask[:, None])
 
 
-def sep_attention(q, k, v, layout, window, sinks=0, impl="auto"):
+def sep_attention(q, k, v, layout, impl="auto"):
     """Softmax attention of each query over its sinks, its separators and its window.
 
     SepLLM (arXiv 2412.12094, section 3), computed as flash attention (arXiv 2205.14135).
 
     Args:
         q, k, v: (B, H, T, D), of whole texts.
-        layout: of `far_layout`, for the same texts, window and sinks.
+        layout: of `far_layout`, for the same texts; None, for attn="full", is causal attention.
         impl: "dense" (the definition), "torch" (any floating dtype), "triton" (bf16,
             fp16 or fp32; D 16, 32, 64 or 128; a GPU), or "auto": triton where it can run on a
             GPU, else torch.
@@ -53,24 +51,29 @@ def sep_attention(q, k, v, layout, window, sinks=0, impl="auto"):
     Raises ValueError for an unknown impl, for shapes or dtypes that disagree, and where
     impl="triton" cannot do what is asked.
     """
+    if layout is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    ranges = layout.far, layout.start, layout.stop, layout.reach
     B, _, T, D = q.shape
-    given = [(x.dtype, *x.shape) for x in (q, k, v, *layout)]
-    require(len(set(given[:3])) == 1 and all(x.shape == (B, T) for x in layout),
-            f"q, k and v (B, H, T, D), of one dtype, and layout (B, T) must agree: {given}")
+    given = [(x.dtype, *x.shape) for x in (q, k, v, *ranges)]
+    expected = 3 * [(q.dtype, *q.shape)] + 4 * [(torch.int32, B, T)]
+    require(given == expected, "q, k and v (B, H, T, D), of one dtype, and the layout's tensors, "
+            f"int32 (B, T), must agree: {given}")
     if impl == "auto":
         impl = "triton" if q.is_cuda and kernel_can_run(q) else "torch"
     if impl == "dense":
-        return dense_attention(q, k, v, layout[3])
+        return dense_attention(q, k, v, layout.reach)
     if impl == "torch":
-        return block_attention(q, k, v, layout, window, sinks)
+        return block_attention(q, k, v, layout)
     require(impl == "triton" and kernel_can_run(q),
             "impl must be auto, dense, torch or triton, which needs the package, a CUDA device of "
             "compute capability 8.0 or more, D 16, 32, 64 or 128, and bf16, fp16 or fp32; given: "
             f"{impl!r}, {q.device}, D {D}, {q.dtype}")
-    q, k, v, *layout = (x.contiguous() for x in (q, k, v, *layout))
-    # a window beyond the text is the text: so numbers of rows stay within int32
-    out, _ = _attention(q, k, v, layout, min(window, T), sinks)
-    return out
+    # the kernel's tensors are (B, T, H, D), as the products before and after attention have them
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    ranges = [x.contiguous() for x in ranges]
+    out, _ = _attention(q, k, v, ranges, layout.window, layout.sinks)
+    return out.transpose(1, 2)
 
 
 def kernel_can_run(q):
@@ -81,15 +84,8 @@ def kernel_can_run(q):
 
 
 def is_modern(device):
-    """Whether this is a GPU for Triton and bf16. Warns, once, of an older one."""
-    is_gpu = device.type == "cuda"
-    is_old = is_gpu and torch.cuda.get_device_capability(device) < (8, 0)
-    if is_old:
-        warnings.warn("a GPU below compute capability 8.0: float32, without the kernel")
-    return is_gpu and not is_old
-
-
-is_modern._dynamo_marked_constant = True  # to torch.compile, as `separator_table`
+    """Whether this is a GPU for Triton and bf16: of compute capability 8.0 or more."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8
 
 
 # ---- plain PyTorch: blocks of queries, each over the few keys that it can see --------------------
@@ -97,7 +93,7 @@ is_modern._dynamo_marked_constant = True  # to torch.compile, as `separator_tabl
 BLOCK = 64  # queries; larger blocks share more keys, and mask more of them
 
 
-def block_attention(q, k, v, layout, window, sinks):
+def block_attention(q, k, v, layout):
     """`dense_attention` in time and memory linear in T, as long as max_seps or block_size bounds
     what a query sees.
 
@@ -106,7 +102,7 @@ def block_attention(q, k, v, layout, window, sinks):
     one dense attention with a small mask.
     """
     B, H, T, D = q.shape
-    queries, keys, mask = _blocks(layout, window, sinks, q.dtype)
+    queries, keys, mask = in_blocks(layout).blocks
 
     def gather(x, rows):
         x = x.transpose(1, 2).reshape(B * T, H * D)
@@ -114,19 +110,23 @@ def block_attention(q, k, v, layout, window, sinks):
         return x.view(-1, rows.shape[2], H, D).transpose(1, 2)  # (B N, H, BLOCK or M, D)
 
     out = F.scaled_dot_product_attention(
-        gather(q, queries), gather(k, keys), gather(v, keys), mask)
+        gather(q, queries), gather(k, keys), gather(v, keys), mask.to(q.dtype))
     out = out.view(B, -1, H, BLOCK, D).transpose(1, 2)
     return out.flatten(2, 3)[:, :, :T]
 
 
-@functools.lru_cache(maxsize=1)  # once per forward: its layers share a layout; the last one is kept
-def _blocks(layout, window, sinks, dtype):
-    """N blocks of queries, and the M keys of each.
+@torch.inference_mode(False)
+def in_blocks(layout):
+    """The layout with its `blocks`: N blocks of queries, and the M keys of each. None stays None.
 
-    queries (B, N, BLOCK), keys (B, N, M): their rows, counted through the whole batch
+    Work for all layers: whoever calls it once saves them from it. It asks the device for a number.
+
+    queries (B, N, BLOCK), keys (B, N, M): their rows; row t of text b has the number b T + t
     mask (B N, 1, BLOCK, M): 0 where a query of the block sees the key, else -inf
     """
-    far, start, stop, reach = layout
+    if layout is None or layout.blocks is not None:
+        return layout
+    far = layout.far
     B, T = far.shape
     device = far.device
     sequence = torch.arange(B, device=device)[:, None, None]
@@ -136,27 +136,25 @@ def _blocks(layout, window, sinks, dtype):
 
     # What the first query of a block sees of the far list. What later queries see of it in
     # addition was still in the window of the first, so it is among the rows of the windows below.
-    block_start = start[:, first_query]  # (B, N, 1)
-    block_stop = stop[:, first_query]
-    n_sinks = min(sinks, T)
-    longest = int((block_stop - block_start).max())
-    # offsets below 0 are the sinks, the others count from block_start
-    offset = torch.arange(-n_sinks, longest, device=device)
-    entry = offset + torch.where(offset < 0, n_sinks, block_start)  # (B, N, entries)
+    start = layout.start[:, first_query]  # (B, N, 1)
+    stop = layout.stop[:, first_query]
+    longest = int((stop - start).max())
+    # Each block loads the sinks, then its range. With 2 sinks and longest 3 the offsets are
+    # -2 -1 0 1 2, and a block whose range begins at 7 loads the entries 0 1 7 8 9 of far.
+    offset = torch.arange(-layout.sinks, longest, device=device)
+    entry = offset + torch.where(offset < 0, layout.sinks, start)  # (B, N, entries)
     far_row = far[sequence, entry.clamp(max=T - 1)]
-    far_row = far_row.where(entry < block_stop, T)  # T: a row that no query sees
+    far_row = far_row.where(entry < stop, T)  # T: a row that no query sees
 
     # the rows of the windows of all queries of a block
-    near_row = first_query + torch.arange(1 - min(window, T), BLOCK, device=device)
+    near_row = first_query + torch.arange(1 - layout.window, BLOCK, device=device)
     near_row = near_row.where(near_row >= 0, T)  # (N, window + BLOCK - 1)
 
     row = torch.cat([far_row, near_row.expand(B, -1, -1)], dim=-1)  # (B, N, M)
     row_to_load = row.clamp(max=T - 1)
-    row_reach = reach[sequence, row_to_load]
-    distance = query[:, :, None] - row[:, :, None]  # (B, N, BLOCK, M)
-    visible = (0 <= distance) & (distance < row_reach[:, :, None])
-    mask = torch.where(visible, 0.0, -torch.inf).to(dtype)
-    return sequence * T + query, sequence * T + row_to_load, mask.flatten(0, 1)[:, None]
+    seen = visible(query, row, layout.reach[sequence, row_to_load])  # (B, N, BLOCK, M)
+    mask = torch.where(seen, 0.0, -torch.inf).flatten(0, 1)[:, None]
+    return layout._replace(blocks=(sequence * T + query, sequence * T + row_to_load, mask))
 
 
 # ---- Triton --------------------------------------------------------------------------------------
@@ -186,8 +184,9 @@ def _blocks(layout, window, sinks, dtype):
 #     query 14    2     .     2     1        1  .  3  3  3  3  .
 #     query 15    2     .     2     1        1  .  3  .  3  3  3
 #
-# Loop 1 takes whole tiles of separators that all four see, and needs no mask; loop 2 what is left,
-# and the sinks; loop 3 the rows of the windows, where the full stop at 11 is seen further.
+# Loop 1 takes whole tiles of separators that all four see, and needs no mask. Loop 2 takes what is
+# left of the separators, and the sinks. Loop 3 takes the rows of the windows. In it the full stop
+# at 11 is seen further than the tokens beside it, since it reaches further.
 #
 # dk and dv: keys come in the order of far, 0 2 4 6 | 9 11 15 14 | 13 12 10 8 | 7 5 3 1. A program
 # loops over the queries from the first of its keys to the last end, here 9 to 15 and 8 to 15:
@@ -198,13 +197,22 @@ def _blocks(layout, window, sinks, dtype):
 #     key 15 i   .  .  .  .  .  .  x                key 10 e   .  .  x  x  x  .  .  .
 #     key 14 h   .  .  .  .  .  x  x                key  8 d   x  x  x  .  .  .  .  .
 #
-# Tensors are contiguous, and the grid is (H, blocks, B). Indices are clamped, not masked: what is
-# past the end repeats the last entry of far or, of queries, which come in reverse, row 0; loads and
-# stores alike. In FAR, START, STOP and REACH, a text's
-# numbers begin at `text`; in the other tensors, a head's rows begin at `head`.
+# Memory. The grid is (H, blocks, B): a program has one head of one text. All tensors are contiguous.
+#
+#     tensors                       shape           where a program's part begins
+#     Q K V OUT DO DQ DK DV         (B, T, H, D)    row `head`; its next token is H rows further
+#     LSE DELTA                     (B, H, T)       `head_lse`
+#     FAR START STOP REACH          (B, T)          `text`
+#
+# The ends. A text need not fill its last block or its last tile. An index past the end is replaced
+# by the last one that there is, and loads and stores need no mask. With 5 keys and blocks of 4, the
+# second program owns the entries 4 4 4 4 of far: it computes one key four times, and stores the
+# same numbers four times. Queries are counted from the end, so there the last one is row 0. In a
+# tile such a key or query is masked like any other that is not seen.
 
 if triton is None:
-    jit = kernel = staticmethod  # decorators that do nothing
+    jit = staticmethod  # decorators that do nothing: no function below can be called
+    kernel = staticmethod
 else:
     jit = triton.jit
     # integers do not become part of the compiled program: one compilation serves all lengths
@@ -232,22 +240,30 @@ def _scores(a, b, visible):
 
 
 @jit
+def _pointers(X, row, D: tl.constexpr):
+    """Where the rows (n,) of a head are, (n, D). From one token to the next there are H rows."""
+    H = tl.num_programs(0)
+    return X + row[:, None].to(tl.int64) * (H * D) + tl.arange(0, D)
+
+
+@jit
 def _load(X, row, D: tl.constexpr):
-    return tl.load(X + row[:, None] * D + tl.arange(0, D))
+    return tl.load(_pointers(X, row, D))
 
 
 @jit
 def _store(X, row, x, D: tl.constexpr):
-    tl.store(X + row[:, None] * D + tl.arange(0, D), x)
+    tl.store(_pointers(X, row, D), x)
 
 
 @jit
 def _my_block(T, BLOCK: tl.constexpr):
-    """Where a program's text and head begin, and the numbers of its BLOCK queries or keys."""
+    """text, head and head_lse, and the numbers of a program's BLOCK queries or keys."""
+    h = tl.program_id(0)
+    H = tl.num_programs(0)
     b = tl.program_id(2).to(tl.int64)
-    bh = b * tl.num_programs(0) + tl.program_id(0)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    return b * T, bh * T, tl.minimum(i, T - 1)
+    return b * T, b * T * H + h, (b * H + h) * T, tl.minimum(i, T - 1)
 
 
 # -- a program owns BLOCK queries, and takes one step per tile of keys that they see
@@ -258,7 +274,8 @@ def _over_keys(step: tl.constexpr, sums, of_queries, K, V, FAR, START, STOP, REA
                t, text, head, window, sinks, T, D: tl.constexpr, TILE: tl.constexpr):
     """sums = step(sums, of_queries, k, v, visible) for all keys that the queries t (BLOCK,) see.
 
-    of_queries: what step knows of the queries; visible None: all of them see the whole tile.
+    step: `_softmax_step` or `_dq_step`, compiled in; of_queries: what it knows of the queries, a
+    tensor or a tuple of them; visible: its mask, None where all queries see the whole tile.
 
     Loops 1 and 2 are over what has left the window of the first query: the entries of far up to its
     `stop`, and its sinks. All queries see the entries from the largest `start` on:
@@ -281,12 +298,14 @@ def _over_keys(step: tl.constexpr, sums, of_queries, K, V, FAR, START, STOP, REA
     start = tl.minimum(start, stop)
     n_full = (stop - tl.max(start, 0)) // TILE
     masked_stop = stop - n_full * TILE
-    # num_stages: tiles in flight. Loops 1 and 2 load the numbers of their rows first: two more.
+    # num_stages: how many tiles are in flight. Loop 3 knows its rows, and has 3. Loops 1 and 2 load
+    # the numbers of their rows first, and have two more for that.
     for entry0 in tl.range(masked_stop, stop, TILE, num_stages=5):
         row = tl.load(FAR + entry0 + tile)
         sums = step(sums, of_queries, _load(K, row, D), _load(V, row, D), None)
 
-    # entry masked_stop + n stands for sink n, which is entry n of far: one loop takes both
+    # One loop takes the masked separators and the sinks. With 2 sinks and masked_stop 7, entries 7
+    # and 8 stand for the sinks, which are the entries 0 and 1 of far.
     end = masked_stop + tl.minimum(sinks, stop)
     for entry0 in tl.range(tl.min(start, 0), end, TILE, num_stages=5):
         entry = entry0 + tile
@@ -322,18 +341,18 @@ def _softmax_step(sums, q, k, v, visible):
 def _forward(Q, K, V, FAR, START, STOP, REACH, OUT, LSE, window, sinks,
              T, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """The output of BLOCK queries of one head, and the log-sum-exp of their scores."""
-    text, head, i = _my_block(T, BLOCK)
+    text, head, head_lse, i = _my_block(T, BLOCK)
     t = T - 1 - i  # the last queries, which see the most keys, start first
     q = _load(Q + head * D, t, D)
     acc = tl.zeros([BLOCK, D], tl.float32)
-    m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf: before the first key, m_i - m_new is 0
+    m_i = tl.full([BLOCK], -1e30, tl.float32)  # not -inf, since -inf - -inf would be NaN
     l_i = tl.zeros([BLOCK], tl.float32)
     acc, m_i, l_i = _over_keys(
         _softmax_step, (acc, m_i, l_i), q,
         K, V, FAR, START, STOP, REACH,
         t, text, head, window, sinks, T, D, TILE)
     _store(OUT + head * D, t, acc / l_i[:, None], D)
-    tl.store(LSE + head + t, m_i + tl.log2(l_i))
+    tl.store(LSE + head_lse + t, m_i + tl.log2(l_i))
 
 
 @jit
@@ -351,14 +370,14 @@ def _dq_step(dq, of_queries, k, v, visible):
 def _backward_dq(Q, K, V, FAR, START, STOP, REACH, OUT, LSE, DO, DQ, DELTA, window, sinks,
                  T, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """dq and delta of BLOCK queries of one head."""
-    text, head, i = _my_block(T, BLOCK)
+    text, head, head_lse, i = _my_block(T, BLOCK)
     t = T - 1 - i
     q = _load(Q + head * D, t, D)
     do = _load(DO + head * D, t, D)
     out = _load(OUT + head * D, t, D)
-    lse = tl.load(LSE + head + t)
+    lse = tl.load(LSE + head_lse + t)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(DELTA + head + t, delta)  # for dk and dv
+    tl.store(DELTA + head_lse + t, delta)  # for dk and dv
     dq = tl.zeros([BLOCK, D], tl.float32)
     dq = _over_keys(
         _dq_step, dq, (q, do, lse, delta),
@@ -380,7 +399,7 @@ def _backward_dkdv(Q, K, V, FAR, REACH, LSE, DO, DELTA, DK, DV,
     a key is seen by one unbroken range of queries: so no two programs add to the same gradient.
     """
     scale: tl.constexpr = D ** -0.5 * LOG2E
-    text, head, entry = _my_block(T, BLOCK)
+    text, head, head_lse, entry = _my_block(T, BLOCK)
     row = tl.load(FAR + text + entry)
     reach = tl.load(REACH + text + row)
     end = tl.minimum(row + reach, T)  # the queries [row, end) see each key
@@ -394,8 +413,8 @@ def _backward_dkdv(Q, K, V, FAR, REACH, LSE, DO, DELTA, DK, DV,
         t = tl.minimum(t, T - 1)
         q = _load(Q + head * D, t, D)  # (TILE, D)
         do = _load(DO + head * D, t, D)
-        lse = tl.load(LSE + head + t)
-        delta = tl.load(DELTA + head + t)
+        lse = tl.load(LSE + head_lse + t)
+        delta = tl.load(DELTA + head_lse + t)
         qkT = _scores(k, q, visible)
         pT = tl.exp2(qkT * scale - lse)
         dv += _dot(pT.to(do.dtype), do)
@@ -413,10 +432,10 @@ def _backward_dkdv(Q, K, V, FAR, REACH, LSE, DO, DELTA, DK, DV,
 def _launch(program, q, *args):
     """Launch a kernel over blocks of rows of every head. The sizes fit all GPUs.
 
-    A grid has at most 65,535 blocks of rows, so T may be 4 million, in fp32 1 million; beyond that
-    the driver refuses the launch.
+    A grid has at most 65,535 blocks of rows. So T may be 4 million, in fp32 1 million. The driver
+    refuses to launch more.
     """
-    B, H, T, D = q.shape
+    B, T, H, D = q.shape
     block = 64
     tile = 64 if D <= 64 else 32
     if q.dtype == torch.float32:  # without tensor cores
@@ -427,46 +446,47 @@ def _launch(program, q, *args):
         program[grid](q, *args, T, D, block, tile, enable_fp_fusion=True)
 
 
-def _new_output(q, *_):
-    """Memory for the output (B, H, T, D), and for the log-sum-exp in base 2, (B, H, T) float32."""
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _new_output(q, *_):  # _: what else the operator gets
+    """Memory for the output (B, T, H, D), and for the log-sum-exp in base 2, (B, H, T) float32."""
+    B, T, H, _ = q.shape
+    return torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
 
 
 @library.custom_op("nanosep::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, "
-                   "Tensor[] layout, int window, int sinks) -> (Tensor, Tensor)")
-def _attention(q, k, v, layout, window, sinks):
+                   "Tensor[] ranges, int window, int sinks) -> (Tensor, Tensor)")
+def _attention(q, k, v, ranges, window, sinks):
     out, lse = _new_output(q)
-    _launch(_forward, q, k, v, *layout, out, lse, window, sinks)
+    _launch(_forward, q, k, v, *ranges, out, lse, window, sinks)
     return out, lse
 
 
-def _new_gradients(do, q, k, v, *_):
+def _new_gradients(do, q, k, v, *_):  # _: what else the operator gets
     """Memory for dq, dk and dv."""
     return tuple(map(torch.empty_like, (q, k, v)))
 
 
 @library.custom_op("nanosep::attention_backward", mutates_args=(), schema="(Tensor do, Tensor q, "
-                   "Tensor k, Tensor v, Tensor[] layout, int window, int sinks, Tensor out, "
+                   "Tensor k, Tensor v, Tensor[] ranges, int window, int sinks, Tensor out, "
                    "Tensor lse) -> (Tensor, Tensor, Tensor)")
-def _attention_backward(do, q, k, v, layout, window, sinks, out, lse):
-    far, _, _, reach = layout
+def _attention_backward(do, q, k, v, ranges, window, sinks, out, lse):
+    far, _, _, reach = ranges
     do = do.contiguous()
     dq, dk, dv = _new_gradients(do, q, k, v)
     delta = torch.empty_like(lse)  # written by the first kernel, read by the second
-    _launch(_backward_dq, q, k, v, *layout, out, lse, do, dq, delta, window, sinks)
+    _launch(_backward_dq, q, k, v, *ranges, out, lse, do, dq, delta, window, sinks)
     _launch(_backward_dkdv, q, k, v, far, reach, lse, do, delta, dk, dv)
     return dq, dk, dv
 
 
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, layout, ctx.window, ctx.sinks = inputs
-    ctx.save_for_backward(q, k, v, *layout, *output)
+    q, k, v, ranges, ctx.window, ctx.sinks = inputs
+    ctx.save_for_backward(q, k, v, *ranges, *output)
 
 
 def _backward(ctx, do, _):
-    q, k, v, *layout, out, lse = ctx.saved_tensors
-    gradients = _attention_backward(do, q, k, v, layout, ctx.window, ctx.sinks, out, lse)
-    return *gradients, [None] * len(layout), None, None
+    q, k, v, *ranges, out, lse = ctx.saved_tensors
+    gradients = _attention_backward(do, q, k, v, ranges, ctx.window, ctx.sinks, out, lse)
+    return *gradients, [None] * len(ranges), None, None
 
 
 # what torch.compile sees instead of the kernels, and how the two belong together

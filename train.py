@@ -9,8 +9,8 @@
     torchrun --standalone --nproc_per_node=2 train.py
                                      data-parallel, the same losses as one process
 
-The one idea: the batch of a step is a function of (seed, step). So a resumed run, and each process
-of a parallel one, knows its data without any saved state.
+The one idea: the batch of a step is a function of (seed, step). So a resumed run knows its data
+without any saved state, and so does each process of a parallel run.
 """
 import contextlib
 import json
@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.loader import find_data, get_batch, load_data
@@ -38,8 +37,10 @@ from sep_kernel import is_modern
 from sep_mask import SepConfig
 
 EVAL_BATCHES = 16  # of a validation
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # processes, of torchrun
-RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0  # of this one; the first one writes
+WORLD_SIZE, RANK = 1, 0  # the number of processes, and that of this one; only 0 writes and speaks
+if dist.is_torchelastic_launched():  # by torchrun
+    WORLD_SIZE = int(os.environ["WORLD_SIZE"])
+    RANK = int(os.environ["RANK"])
 
 
 @dataclass
@@ -49,8 +50,9 @@ class TrainConfig:
     out_dir: str = option("out", "where ckpt.pt and log.jsonl go")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu",
                          "cpu, cuda, cuda:N or another device of PyTorch")
-    batch_size: int = option(16, "sequences per step, over all devices; a multiple of their number",
-                             1)
+    batch_size: int = option(16, "sequences per step, over all devices", 1)
+    micro_batch_size: int | None = option(None, "how many of them a device computes at once: fewer "
+                                          "need less memory, the losses are the same; None: all", 1)
     max_steps: int = option(1000, "length of the training", 0)
     learning_rate: float = option(3e-3, "peak learning rate", 0)
     warmup_steps: int = option(50, "steps of rising learning rate; then it falls to a tenth", 1)
@@ -64,15 +66,16 @@ class TrainConfig:
 
     def __post_init__(self):
         check_minima(self)
-        require(self.batch_size % WORLD_SIZE == 0,
-                f"batch_size must be a multiple of {WORLD_SIZE}, the number of processes")
+        require(self.batch_size >= WORLD_SIZE,
+                f"batch_size must be at least {WORLD_SIZE}, the number of processes")
 
 
 # What `python train.py` alone does, by machine. Everything else is the default of its field.
 PRESET = dict(window=32, max_seps=16)
 if torch.cuda.is_available():
     PRESET = dict(block_size=1024, n_layer=6, n_head=6, n_embd=384, max_seps=64, batch_size=64,
-                  max_steps=750, learning_rate=1e-3, warmup_steps=100, compile=True)
+                  micro_batch_size=16, max_steps=750, learning_rate=1e-3, warmup_steps=100,
+                  compile=True)
 
 
 def train(cfg, model, data, state=None):
@@ -91,28 +94,32 @@ def train(cfg, model, data, state=None):
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     has_bf16 = is_modern(device)
+    is_old_gpu = device.type == "cuda" and not has_bf16
     network = model
-    if cfg.compile and (has_bf16 or device.type != "cuda"):
+    if is_old_gpu:
+        print("a GPU below compute capability 8.0: float32, without the kernel and without "
+              "compiling", file=sys.stderr)
+    elif cfg.compile:
         network = torch.compile(model)
-    if WORLD_SIZE > 1:
-        network = DistributedDataParallel(network)
 
-    def loss_of(tokens, batch_seed):
-        """The mean loss of this process's share of a batch. batch_seed: (0, cfg.seed, step) or, in
-        a validation, (1, 0, number of the batch)."""
+    def parts_of_loss(tokens, batch_seed):
+        """The mean loss of a batch, in parts that add up to it: one for each micro-batch of each
+        process. batch_seed: (0, cfg.seed, step) or, in a validation, (1, 0, number of the batch)"""
         rng = np.random.default_rng(batch_seed)
         x, y = (part[RANK::WORLD_SIZE].to(device)
                 for part in get_batch(tokens, cfg.batch_size, block_size, rng))
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16):
-            _, loss = network(x, y)
-        return loss
+        size = cfg.micro_batch_size or len(x)
+        for ids, targets in zip(x.split(size), y.split(size)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16):
+                _, loss = network(ids, targets)
+            yield loss * (len(ids) / cfg.batch_size)
 
-    bar = tqdm(None, "training", cfg.max_steps, initial=step, disable=RANK > 0)
+    bar = tqdm(None, "training", cfg.max_steps, initial=step)
     signals = catch_signals()
-    n_signals = 0  # the mean of all processes: all stop if one has caught a signal
+    n_signals = 0  # of all processes: all stop if one has caught a signal
     while step < cfg.max_steps and n_signals == 0:
         if step % cfg.eval_every == 0:
-            val_loss = validate(cfg, loss_of, val_tokens, step)
+            val_loss = validate(cfg, parts_of_loss, val_tokens, step)
             save_checkpoint(cfg, meta, model, optimizer, step)
             bar.set_description(f"training, validation loss {val_loss:.4f}")
 
@@ -120,14 +127,19 @@ def train(cfg, model, data, state=None):
         lr = get_lr(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = loss_of(train_tokens, (0, cfg.seed, step))
-        loss.backward()
+        loss = 0
+        for part in parts_of_loss(train_tokens, (0, cfg.seed, step)):
+            part.backward()
+            loss += part.detach()
+        if WORLD_SIZE > 1:
+            for weight in model.parameters():
+                dist.all_reduce(weight.grad)  # the sum over processes
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
 
-        loss, n_signals = mean_over_processes(device, loss.item(), len(signals))
+        loss, n_signals = sum_over_processes(device, loss.item(), len(signals))
         speed = cfg.batch_size * block_size / (time.perf_counter() - start)
         log(cfg, step, loss=loss, lr=lr, tokens_per_s=speed)
         bar.set_postfix(loss=f"{loss:.4f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
@@ -136,15 +148,14 @@ def train(cfg, model, data, state=None):
     bar.close()
     is_done = step >= cfg.max_steps
     if is_done:
-        val_loss = validate(cfg, loss_of, val_tokens, step)
+        val_loss = validate(cfg, parts_of_loss, val_tokens, step)
     is_finished = save_checkpoint(cfg, meta, model, optimizer, step) and is_done
     out_dir = shlex.quote(cfg.out_dir)
     summary = f"stopped at step {step}; go on with: python train.py --resume --out_dir {out_dir}"
     if is_finished:
         summary = (f"validation loss {val_loss:.4f} nats per token after {step} steps; sample from "
                    f"it with:\n  python sample.py --ckpt {out_dir}/ckpt.pt --stream")
-    if RANK == 0:
-        print(summary, file=sys.stderr)
+    print(summary, file=sys.stderr)
     return 0 if is_finished else 1
 
 
@@ -159,21 +170,21 @@ def get_lr(step, cfg):
 
 
 @torch.no_grad()
-def validate(cfg, loss_of, val_tokens, step):
+def validate(cfg, parts_of_loss, val_tokens, step):
     """The validation loss, on the same batches every time."""
-    batches = tqdm(range(EVAL_BATCHES), "validation", leave=False, disable=RANK > 0)
-    val_loss, = mean_over_processes(
-        cfg.device, sum(loss_of(val_tokens, (1, 0, i)).item() for i in batches) / EVAL_BATCHES)
+    total = 0
+    for i in tqdm(range(EVAL_BATCHES), "validation", leave=False):
+        total += sum(part.item() for part in parts_of_loss(val_tokens, (1, 0, i)))
+    val_loss, = sum_over_processes(cfg.device, total / EVAL_BATCHES)
     log(cfg, step, val_loss=val_loss)
     return val_loss
 
 
-def mean_over_processes(device, *numbers):
-    if WORLD_SIZE == 1:
-        return numbers
+def sum_over_processes(device, *numbers):
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return (total / WORLD_SIZE).tolist()
+    if WORLD_SIZE > 1:
+        dist.all_reduce(total)
+    return total.tolist()
 
 
 def log(cfg, step, **numbers):
@@ -203,17 +214,18 @@ def save_checkpoint(cfg, meta, model, optimizer, step):
     info = dict(model_config=asdict(model.config), train_config=asdict(cfg), data=meta)
     state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                  info=json.dumps(info))
-    path = Path(cfg.out_dir, "ckpt.pt")
+    path = Path(cfg.out_dir, "ckpt.pt").resolve()  # it may be a link
+    partial = path.with_name(f".ckpt.pt.{os.getpid()}")
     try:
-        for partial in path.parent.glob(".ckpt.pt.*"):  # of a run that was killed
-            partial.unlink()
-        partial = path.with_name(f".ckpt.pt.{os.getpid()}")
         torch.save(state, partial)
         os.replace(partial, path)
         return True
     except (OSError, RuntimeError) as error:
         print(f"\n{path} could not be written, and is as it was: {error}", file=sys.stderr)
         return False
+    finally:
+        for partial in path.parent.glob(".ckpt.pt.*"):  # if that failed, or a run was killed
+            partial.unlink()
 
 
 # ---- the command line
@@ -228,14 +240,15 @@ def start(options):
         model, state = load_checkpoint(path)
         # the folder may have moved
         old = state["info"]["train_config"] | dict(resume=True, out_dir=cfg.out_dir)
-        cfg = TrainConfig(**old | fields_of(TrainConfig, options))
-        changes = dict(asdict(cfg).items() - old.items())
-        if RANK == 0:
-            print("what differs from the training so far:", changes, file=sys.stderr)
+        cfg = TrainConfig(**fields_of(TrainConfig, old | options))
     else:
         require(not path.exists(), f"{path} is of an earlier run: go on with --resume, or give "
                 "another --out_dir")
         os.makedirs(cfg.out_dir, exist_ok=True)
+    if WORLD_SIZE > 1:
+        if cfg.device == "cuda":  # what this means from now on differs by process
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(dist.get_default_backend_for_device(cfg.device))
     folder = find_data(cfg.data)
     if RANK == 0 and cfg.data == "docs" and not (folder / "train.bin").exists():
         prepare(folder, read_docs())
@@ -261,20 +274,22 @@ def start(options):
     asked = fields_of(GPTConfig, options)
     require(replace(model.config, **asked) == model.config,
             f"the model has settled its shape and attention, and not all of them are {asked}")
+    if RANK == 0 and not cfg.resume:
+        settings = asdict(model.config) | asdict(cfg)
+        Path(cfg.out_dir, "log.jsonl").write_text(json.dumps(dict(settings=settings)) + "\n")
     return train(cfg, model, data, state)
 
 
 def main():
     options = parse_options(__doc__, [TrainConfig, GPTConfig], PRESET)
-    if WORLD_SIZE > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from now on
-        dist.init_process_group()
+    speaks = sys.stderr if RANK == 0 else open(os.devnull, "w")
     try:
-        with explain("a smaller --batch_size needs less memory", torch.OutOfMemoryError):
+        with (contextlib.redirect_stderr(speaks),  # not for errors, which end the program
+              explain("a smaller --micro_batch_size needs less memory",
+                      torch.OutOfMemoryError, MemoryError)):
             return start(options)
     finally:
-        if WORLD_SIZE > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

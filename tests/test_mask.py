@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, run
 
 from sep_kernel import sep_attention
-from sep_mask import SepConfig, far_layout
+from sep_mask import SepConfig, SepLayout, far_layout
 
 SPARSE = ["streamingllm", "fixed", "sep"]
 
@@ -95,7 +95,7 @@ def test_attention_and_its_gradients_are_those_of_the_definition(seed, impl):
         tensors = torch.randn(4, B, 2, T, 16, dtype=torch.float64)
         expected = out_and_gradients(masked_attention, tensors, definition_mask(ids, config))
         layout = far_layout(ids, config)
-        actual = out_and_gradients(attention, tensors, layout, config.window, config.sinks)
+        actual = out_and_gradients(attention, tensors, layout)
         assert error(actual, expected) < 1e-9, config
 
 
@@ -110,7 +110,7 @@ def test_shapes_and_dtypes_that_disagree_are_refused(impl):
             (x, x, rows[:, :7]),
             (x, x, rows[:1])]:
         with pytest.raises(ValueError, match="must agree"):
-            sep_attention(x, k, v, [rows_of_layout] * 4, 2, impl=impl)
+            sep_attention(x, k, v, SepLayout(*[rows_of_layout] * 4, 2, 0), impl=impl)
 
 
 @pytest.mark.parametrize("name, value", [

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import model
 from model import GPT, RecordedStep, sample_token
-from sep_cache import make_cache
+from sep_cache import SepCache
 
 
 def tensors_of(*values):
@@ -48,7 +48,7 @@ def trace(step, device):
 def write(gpt, seed, ids, *settings):
     """The tokens of two generators that take turns with one cache, and chunks of text between."""
     torch.manual_seed(seed)
-    cache = make_cache(gpt.config, len(ids), ids.device)
+    cache = SepCache(gpt.config, len(ids), ids.device)
     generators = [gpt.generate(ids, 1000, *settings, cache) for _ in range(2)]
     tokens = []
     for i in range(200):
@@ -120,7 +120,6 @@ def test_a_recording_that_fails_is_said_once_and_changes_no_token(seed, tiny, mo
     assert tokens.equal(expected)
     assert len(warnings) == cuda.graph.call_count == 1
     cuda.set_stream.assert_called_once_with(cuda.current_stream())
-    cuda.default_generators[0].graphsafe_set_state.assert_called_once()
 
 
 class OnMeta(TorchDispatchMode):
@@ -136,7 +135,7 @@ class OnMeta(TorchDispatchMode):
 @pytest.mark.parametrize("attn", MODES)
 def test_a_step_is_work_of_the_device_alone(tiny, attn):
     gpt = GPT(tiny(attn=attn, max_seps=3))
-    cache = make_cache(gpt.config)
+    cache = SepCache(gpt.config)
     gpt(torch.zeros(1, 30, dtype=torch.int64), cache=cache)  # beyond block_size
     gpt.to("meta")
     vars(cache).update(tree_map_only(torch.Tensor, lambda x: x.to("meta"), vars(cache)))
@@ -154,7 +153,7 @@ def test_a_step_is_work_of_the_device_alone(tiny, attn):
 @pytest.mark.parametrize("attn", MODES)
 @pytest.mark.parametrize("window", [5, 50, 150])
 def test_few_buffers_with_memory_of_their_own_serve_a_long_text(seed, tiny, attn, window):
-    cache = make_cache(tiny(attn=attn, window=window, block_size=256), batch_size=2)
+    cache = SepCache(tiny(attn=attn, window=window, block_size=256), batch_size=2)
     buffer = None
     sizes = []
     for i, token in enumerate(torch.randint(12, (2, 3000)).split(1, dim=1)):
@@ -194,8 +193,10 @@ def test_compiled_steps_write_the_tokens_of_plain_steps(seed, tiny):
     assert all(a.equal(b) for a, b in zip(plain, compiled, strict=True))
 
 
-def test_logits_that_are_not_finite_are_an_error(tiny):
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_token_is_minus_1_once_logits_are_not_finite(tiny, temperature):
     gpt = GPT(tiny())
+    tokens = gpt.generate(torch.zeros(2, 3, dtype=torch.int64), 3, temperature)
+    assert next(tokens).min() >= 0
     gpt.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match="logits are not finite"):
-        next(gpt.generate(torch.zeros(1, 3, dtype=torch.int64), 1))
+    assert next(tokens).tolist() == [-1, -1]

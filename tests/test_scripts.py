@@ -24,7 +24,7 @@ from data.tokenizer import ByteTokenizer
 from model import GPT
 from pretrained import load_checkpoint
 from sample import SampleConfig
-from sep_cache import make_cache
+from sep_cache import SepCache
 from sep_kernel import is_modern
 from train import TrainConfig, get_lr, save_checkpoint
 
@@ -299,7 +299,7 @@ def test_a_text_is_scored_as_one_stream(checkpoint):
     model, _ = load_checkpoint(checkpoint)
     model.configure(attn="streamingllm", window=6)
     ids = torch.tensor([list(text.encode())])
-    _, nats = model(ids[:, :-1], ids[:, 1:], make_cache(model.config))
+    _, nats = model(ids[:, :-1], ids[:, 1:], SepCache(model.config))
     process = start("sample.py --score - --attn streamingllm --window 6 --device cpu",
                     "--ckpt", checkpoint, stdin=subprocess.PIPE)
     out, err = process.communicate(text)

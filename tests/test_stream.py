@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from test_mask import SPARSE, definition_mask, random_config
 
 from model import GPT, apply_rope, rope_cos_sin, rope_frequencies, sample_token
-from sep_cache import make_cache
+from sep_cache import SepCache
 
 MODES = ["full", *SPARSE]
 
@@ -57,7 +57,7 @@ def definition(model, ids):
 @torch.no_grad()
 def stream(model, ids, before_chunk=lambda model, cache: None):
     """The logits of texts that are read in random chunks: long ones, short ones, single tokens."""
-    cache = make_cache(model.config, len(ids), dtype=model.embed_tokens.weight.dtype)
+    cache = SepCache(model.config, len(ids), dtype=model.embed_tokens.weight.dtype)
     logits = []
     while cache.n_tokens < ids.shape[1]:
         before_chunk(model, cache)
@@ -125,7 +125,7 @@ def test_a_longer_text_than_block_size_needs_a_cache(tiny):
 
 @pytest.mark.parametrize("attn", SPARSE)
 def test_memory_is_constant_over_100_000_tokens(seed, tiny, attn):
-    cache = make_cache(tiny(attn=attn, max_seps=4), batch_size=2)
+    cache = SepCache(tiny(attn=attn, max_seps=4), batch_size=2)
     ids = torch.randint(12, (2, 20))
     ids[0] = 1  # nothing but separators
     take_in(cache, ids)
@@ -140,7 +140,7 @@ def test_memory_is_constant_over_100_000_tokens(seed, tiny, attn):
 
 def test_after_generating_the_cache_can_be_used_and_the_model_trained(tiny):
     model = GPT(tiny())
-    cache = make_cache(model.config)
+    cache = SepCache(model.config)
     ids = torch.zeros(1, 8, dtype=torch.int64)
     list(model.generate(ids, 3, cache=cache))
     with torch.no_grad():
