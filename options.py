@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import sys
 import traceback
@@ -25,7 +24,7 @@ def check_minima(config):
     for field in dataclasses.fields(config):
         minimum = field.metadata.get("minimum")
         value = getattr(config, field.name)
-        require(minimum is None or value is field.default is None or minimum <= value < math.inf,
+        require(minimum is None or value is field.default is None or value >= minimum,
                 f"{field.name} is {value}, and must be at least {minimum}")
 
 
@@ -123,16 +122,10 @@ def run_script(main):
         if sys.flags.dev_mode:
             raise
         sentence = " ".join(str(error).splitlines()[:2])  # some of PyTorch's have many lines
-        if not isinstance(error, (ValueError, OSError, OverflowError)):  # unforeseen
-            sentence = (f"{type(error).__name__}: {sentence} ({last_place(error)}; the way there is "
-                        f"shown by: python -X dev {' '.join(sys.argv)})")
+        if not isinstance(error, (ValueError, OSError)):
+            # unforeseen, so perhaps a mistake in our code: say the last line of ours that it passed
+            ours = [f"{frame.filename}:{frame.lineno}"
+                    for frame in traceback.extract_tb(error.__traceback__)
+                    if "lib/python" not in frame.filename]
+            sentence += f" ({ours[-1]}; for the way there: python -X dev {' '.join(sys.argv)})"
         sys.exit(f"error: {sentence}")
-
-
-def last_place(error):
-    """The last line of this repository that an error has passed, as file:line."""
-    places = [f"{frame.filename}:{frame.lineno}"
-              for frame in traceback.extract_tb(error.__traceback__)
-              if "site-packages" not in frame.filename]
-    ours = os.path.dirname(os.path.abspath(__file__))
-    return [place for place in places if place.startswith(ours)][-1]

@@ -30,6 +30,8 @@ class SampleConfig:
     ckpt: str = option("out/ckpt.pt", "a checkpoint of train.py, or the folder of a pretrained "
                                       "model: config.json, *.safetensors, tokenizer.json")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
+    dtype: str = option(None, "float32, bfloat16 or float16, of the weights; None: bfloat16 on a "
+                              "GPU of compute capability 8.0 or more, else float32")
     prompt: str = option("\n", "text to begin with; -: standard input")
     stream: bool = option(False, "write without end; in constant memory, unless attn is full")
     score: str = option(None, "read this file as a stream and print its perplexity; -: standard "
@@ -46,7 +48,10 @@ class SampleConfig:
     separators: str = option(None, "the characters that separate segments, a line break in bash: "
                                    "$'.,\\n'")
 
-    __post_init__ = check_minima
+    def __post_init__(self):
+        check_minima(self)
+        require(self.dtype in (None, "float32", "bfloat16", "float16"),
+                f"dtype is {self.dtype}, and must be float32, bfloat16 or float16")
 
 
 def write(model, tokenizer, prompt, cfg):
@@ -64,6 +69,7 @@ def write(model, tokenizer, prompt, cfg):
     n_written = 0
     try:
         for token_id in bar:
+            require(token_id >= 0, "the model's logits are not finite: it is broken")
             if token_id in tokenizer.special_ids and not cfg.stream:
                 break
             print(decoder.step(token_id), end="", flush=True)
@@ -122,11 +128,11 @@ def main():
 def run(cfg, attention):
     """Do what the options ask for."""
     device = torch.device(cfg.device)
-    dtype = torch.bfloat16 if is_modern(device) else torch.float32
-    model = load_model(cfg.ckpt, dtype, device, **attention)
+    dtype = cfg.dtype or ("bfloat16" if is_modern(device) else "float32")
+    model = load_model(cfg.ckpt, getattr(torch, dtype), device, **attention)
     tokenizer = tokenizer_of(model)
     torch.manual_seed(cfg.seed % 2 ** 63)
-    if cfg.score:
+    if cfg.score is not None:
         with open(0 if cfg.score == "-" else cfg.score, "rb") as file:
             score(model, tokenizer, file, device)
         return
