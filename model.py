@@ -80,12 +80,12 @@ def rope_cos_sin(positions, frequencies, dtype):
     radian. `dtype` is the model's; the results have at least float32.
     """
     angle = positions.double()[:, None] * frequencies  # (T, D / 2)
-    dtype = torch.promote_types(dtype, torch.float32)
-    cos = angle.cos().to(dtype)
-    sin = angle.sin().to(dtype)
-    # Stored as one tensor. Otherwise torch.compile would not store it at all, and compute float64
-    # cosines again for every element of q and k in every layer.
-    return torch.cat([cos, cos, -sin, sin], dim=1).chunk(2, dim=1)
+    cos = angle.cos()
+    sin = angle.sin()
+    # One tensor of four parts. Two tensors of one part each, repeated, torch.compile would not
+    # store: it would compute float64 cosines for every element of q and k in every layer.
+    parts = torch.cat([cos, cos, -sin, sin], dim=1)
+    return parts.to(torch.promote_types(dtype, torch.float32)).chunk(2, dim=1)
 
 
 def apply_rope(x, cos_sin):
@@ -119,11 +119,10 @@ class Attention(nn.Module):
         is of `far_layout`. With a cache, mask does: it is of the cache's `advance`. sink_cos_sin is
         None, or a second rotation of q, for the sinks: see `GPT.compute`.
         """
-        B, T, _ = x.shape
         D = config.head_dim
         H = config.n_head
         H_kv = config.n_kv_head
-        qkv = self.qkv_proj(x).view(B, T, -1, D).transpose(1, 2)
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, D)).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
         qk, v = qkv.split([H + H_kv, H_kv], dim=1)
         if config.qk_norm:
             # scores stay bounded, so a high learning rate is safe; autocast norms in float32
@@ -285,12 +284,12 @@ class GPT(nn.Module):
         temperature 0 is greedy; top_k: sample among the k most likely tokens, None: among all;
         cache: a fresh one, by default one is made; compile: the work of a token by torch.compile.
         Meanwhile the model must stay as it is. A token of -1 says that the model's logits are not
-        finite: it is broken. ValueError for an empty prompt, temperature or top_k out of range.
+        finite: it is broken. ValueError for a temperature or top_k out of range, IndexError for
+        prompts without tokens.
         """
         require(0 <= temperature < math.inf and (top_k is None or top_k >= 1),
                 f"temperature is {temperature} and top_k {top_k}; they must be finite, at least 0 "
                 "and at least 1")
-        require(ids.numel() > 0, f"there is no token in the prompts, {tuple(ids.shape)}")
         if cache is None:
             cache = self.new_cache(len(ids))
         for chunk in ids.long().split(CHUNK_SIZE, dim=1):
@@ -382,6 +381,5 @@ def record(step, device):
             return step
 
 
-@functools.cache  # one for a device: cuBLAS keeps a workspace for every stream
-def capture_stream(device):
-    return torch.cuda.Stream(device)
+# the stream of a device on which steps are recorded: one, since cuBLAS keeps a workspace for each
+capture_stream = functools.cache(torch.cuda.Stream)

@@ -113,7 +113,7 @@ def score(model, tokenizer, file, device):
 def status_of(cache):
     """What the cache holds, beside one that keeps everything."""
     _, n_rows = cache.row_position.shape
-    mib = cache.nbytes / 2 ** 20
+    mib = sum(x.nbytes for x in cache.kv) / 2 ** 20
     full_mib = mib * cache.n_tokens / max(n_rows, 1)
     return (f"{cache.row_visible.sum():,} of {cache.n_tokens:,} keys, "
             f"cache {mib:,.2f} MiB (a full cache: {full_mib:,.2f})")

@@ -20,7 +20,8 @@ rows that are hidden or empty have the weight 0. Next: `model.py`.
 """
 import torch
 
-from sep_mask import FOREVER, is_kept, key_reach, visible
+import sep_mask
+from sep_mask import FOREVER, key_reach, visible
 
 SPARE_ROWS = 16  # free rows after hidden ones have been dropped, at least
 EMPTY = -2 * FOREVER  # the position of a row that holds no token: no reach is so long
@@ -81,11 +82,6 @@ class SepCache:
         return self.next_position.item()
 
     @property
-    def nbytes(self):
-        """Bytes of keys and values."""
-        return sum(x.nbytes for x in self.kv)
-
-    @property
     def row_visible(self):
         """Which rows the latest query sees, (B, M) bool; no later query sees any other of them."""
         return self._visible_rows(self.next_position - 1)[:, 0]
@@ -114,12 +110,12 @@ class SepCache:
         the G = n_head / n_kv_head heads that share keys. Give long texts in chunks, say of 512
         tokens, since the mask is so large. RuntimeError if B is not the cache's batch size.
         """
-        B, T = ids.shape
+        _, T = ids.shape
         offset = torch.arange(T, device=ids.device)
         positions = self.next_position + offset
         self.new_rows = self.next_row + offset
-        self.row_position.index_copy_(1, self.new_rows, positions.expand(B, T))
-        kept = is_kept(ids, positions, self.config, self.separators)
+        self.row_position.index_copy_(1, self.new_rows, positions.expand_as(ids))
+        kept = sep_mask.is_kept(ids, positions, self.config, self.separators)
         self.row_kept.index_copy_(1, self.new_rows, kept)
         seen = self._visible_rows(positions)[:, None]  # (B, 1, T, M)
         n_shared = self.config.n_head // self.config.n_kv_head

@@ -13,6 +13,7 @@ fused-attention tutorial. Next: `sep_cache.py`.
 from __future__ import annotations  # without triton there is no `tl` to annotate with
 
 import os
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +85,12 @@ def kernel_can_run(q):
 
 
 def is_modern(device):
-    """Whether this is a GPU for Triton and bf16: of compute capability 8.0 or more."""
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8
+    """Whether this is a GPU for Triton and bf16. Warns, once, of an older one."""
+    is_gpu = device.type == "cuda"
+    is_old = is_gpu and torch.cuda.get_device_properties(device).major < 8
+    if is_old:
+        warnings.warn("a GPU below compute capability 8.0: float32, without the kernel")
+    return is_gpu and not is_old
 
 
 # ---- plain PyTorch: blocks of queries, each over the few keys that it can see --------------------
@@ -242,8 +247,7 @@ def _scores(a, b, visible):
 @jit
 def _pointers(X, row, D: tl.constexpr):
     """Where the rows (n,) of a head are, (n, D). From one token to the next there are H rows."""
-    H = tl.num_programs(0)
-    return X + row[:, None].to(tl.int64) * (H * D) + tl.arange(0, D)
+    return X + row[:, None].to(tl.int64) * (tl.num_programs(0) * D) + tl.arange(0, D)
 
 
 @jit

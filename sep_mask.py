@@ -70,8 +70,6 @@ class SepConfig:
 
     def __post_init__(self):
         self.separators = tuple(self.separators)
-        require(all(isinstance(token, int) for token in self.separators),
-                f"separators are {self.separators!r:.60}, and must be token ids")
         modes = ("full", "streamingllm", "fixed", "sep")
         require(self.attn in modes, f"attn is {self.attn!r}, and must be one of {', '.join(modes)}")
         check_minima(self)
@@ -172,11 +170,11 @@ def far_layout(ids, config, separators=None):
         return None
     if separators is None:
         separators = torch.tensor(config.separators, device=ids.device)
-    B, T = ids.shape
+    _, T = ids.shape
     window = min(config.window, T)
     sinks = min(config.sinks, T)
     # the numbers of the rows, of the entries of far, and of the queries
-    index = torch.arange(T, device=ids.device).expand(B, T).contiguous()
+    index = torch.arange(T, device=ids.device).expand_as(ids).contiguous()
     kept = is_kept(ids, index[0], config, separators)
     reach = key_reach(kept, index, config)
     # kept first, ascending, then the others, descending: neighbours in far are near each other in

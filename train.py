@@ -94,12 +94,8 @@ def train(cfg, model, data, state=None):
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     has_bf16 = is_modern(device)
-    is_old_gpu = device.type == "cuda" and not has_bf16
     network = model
-    if is_old_gpu:
-        print("a GPU below compute capability 8.0: float32, without the kernel and without "
-              "compiling", file=sys.stderr)
-    elif cfg.compile:
+    if cfg.compile and (has_bf16 or device.type != "cuda"):
         network = torch.compile(model)
 
     def parts_of_loss(tokens, batch_seed):

@@ -68,7 +68,7 @@ def reach_of(ids, config):
     """How many queries of its text see each key: ids (B, T) -> (B, T)."""
     _, T = ids.shape
     positions = torch.arange(T).expand(ids.shape)
-    kept = sep_mask.is_kept(ids, positions[0], config)
+    kept = sep_mask.is_kept(ids, positions[0], config, torch.tensor(config.separators))
     return sep_mask.key_reach(kept, positions, config).minimum(T - positions)
 
 

@@ -23,18 +23,18 @@ from pretrained import load_model, tokenizer_of
 AS_CONFIGURED = sep_mask.is_kept  # itself, before anything stands in its place
 
 
-def token_before(ids, positions, config):
-    is_separator = AS_CONFIGURED(ids, positions, config)
+def token_before(ids, positions, config, separators):
+    is_separator = AS_CONFIGURED(ids, positions, config, separators)
     return F.pad(is_separator[:, 1:], (0, 1)) | (positions < config.sinks)
 
 
-def token_after(ids, positions, config):
-    is_separator = AS_CONFIGURED(ids, positions, config)
+def token_after(ids, positions, config, separators):
+    is_separator = AS_CONFIGURED(ids, positions, config, separators)
     return F.pad(is_separator[:, :-1], (1, 0)) | (positions < config.sinks)
 
 
-def random_tokens(ids, positions, config):
-    n = int(AS_CONFIGURED(ids, positions, config).sum())
+def random_tokens(ids, positions, config, separators):
+    n = int(AS_CONFIGURED(ids, positions, config, separators).sum())
     chosen = torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(n))[:n]
     return torch.isin(positions, chosen)[None] | (positions < config.sinks)
 

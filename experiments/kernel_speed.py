@@ -48,23 +48,23 @@ def flex(layout, sep, sdpa, tensors):
 
 def launch(kernel, q, *args, block=64, **options):
     """As `sep_kernel._launch` does it for bf16, but with other options."""
-    B, H, T, D = q.shape
+    B, T, H, D = q.shape
     grid = H, triton.cdiv(T, block), B
     kernel[grid](q, *args, T, D, block, 64, enable_fp_fusion=True, **options)
 
 
 def forward(layout, sep, sdpa, tensors):
-    q, k, v, _ = tensors
+    q, k, v, _ = (x.transpose(1, 2) for x in tensors)
     out, lse = sep_kernel._new_output(q)
-    run = partial(launch, sep_kernel._forward, q, k, v, *layout, out, lse, WINDOW, SINKS)
+    run = partial(launch, sep_kernel._forward, q, k, v, *layout[:4], out, lse, WINDOW, SINKS)
     return {"blocks of 64": run, "of 128": partial(run, block=128),
             "of 128, 8 warps": partial(run, block=128, num_warps=8)}
 
 
 def dkdv(layout, sep, sdpa, tensors):
-    q, k, v, do = tensors
+    q, k, v, do = (x.transpose(1, 2) for x in tensors)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    lse, delta = torch.zeros(2, *q.shape[:3], device=q.device)
+    lse, delta = torch.zeros(2, *tensors[0].shape[:3], device=q.device)
     run = partial(launch, sep_kernel._backward_dkdv, q, k, v, layout.far, layout.reach, lse, do,
                   delta, dk, dv)
     return {"as it is": run, "maxnreg 168": partial(run, maxnreg=168)}

@@ -46,17 +46,18 @@ def in_turns(runs, rounds):
 
 
 def make_case(T, B, H, D, window, max_seps, every, **kind):
-    """Random q, k, v and do, each (B, H, T, D) of this kind, and attention to them.
+    """Random q, k, v and do of this kind, each (B, H, T, D), and in memory (B, T, H, D) as a model
+    has them; and attention to them.
 
     Every so many tokens there is a separator. Returns the layout, sep_attention and causal
     attention as functions of q, k and v, and the list of the four tensors.
     """
     config = SepConfig(window=window, max_seps=max_seps, separators=(1,), block_size=T)
-    tensors = torch.randn(4, B, H, T, D, **kind)
+    tensors = torch.randn(4, B, T, H, D, **kind).transpose(2, 3)
     ids = torch.zeros(B, T, dtype=torch.int64, device=tensors.device)
     ids[:, every - 1::every] = 1
     layout = far_layout(ids, config)
-    sep = partial(sep_attention, layout=layout, window=window, sinks=config.sinks)
+    sep = partial(sep_attention, layout=layout)
     causal = partial(F.scaled_dot_product_attention, is_causal=True)
     return layout, sep, causal, list(tensors)
 

@@ -23,7 +23,8 @@ TEXT = ("It is a truth universally acknowledged, that a single man in possession
         "fortune, must be in want of a wife. However little known the feelings may be; this truth "
         "is well fixed!\n") * 40
 # options of a model that trains in a second, everywhere in the same way
-SHAPE = ("--n_layer 1 --n_head 2 --n_embd 16 --window 8 --block_size 32 --batch_size 4 "
+SHAPE = ("--n_layer 1 --n_head 2 --n_embd 16 --window 8 --max_seps 16 --block_size 32 "
+         "--batch_size 4 --micro_batch_size None --learning_rate 3e-3 --warmup_steps 50 "
          "--eval_every 20 --device cpu --no-compile").split()
 
 
