@@ -1,13 +1,17 @@
 """Who sees whom: attention over reach, and over the far list, is the definition, and exact."""
+import contextlib
 import functools
 import random
 
 import pytest
 import torch
 from conftest import ROOT, run
+from torch._subclasses import FakeTensorMode
 
-from sep_kernel import sep_attention
-from sep_mask import SepConfig, SepLayout, far_layout
+import sep_kernel
+from model import GPT, GPTConfig
+from sep_kernel import in_blocks, sep_attention
+from sep_mask import SepConfig, SepLayout, far_layout, visible
 
 SPARSE = ["streamingllm", "fixed", "sep"]
 
@@ -79,6 +83,8 @@ def test_the_worked_example():
         "xx.xx.",
         "x..xxx"]
     layout = far_layout(ids, config)
+    position = torch.arange(6)
+    assert visible(position, position, layout.reach)[0].tolist() == rows
     assert layout.far.tolist() == [[0, 1, 3, 5, 4, 2]]
     assert layout.stop.tolist() == [[0, 0, 1, 2, 2, 3]]
     assert layout.start.tolist() == [[0, 0, 1, 1, 1, 2]]
@@ -97,6 +103,41 @@ def test_attention_and_its_gradients_are_those_of_the_definition(seed, impl):
         layout = far_layout(ids, config)
         actual = out_and_gradients(attention, tensors, layout)
         assert error(actual, expected) < 1e-9, config
+
+
+def test_a_layout_that_was_used_in_inference_mode_can_be_trained_on(seed):
+    ids = torch.randint(12, (2, 70))
+    config = random_config()
+    tensors = torch.randn(4, 2, 2, 70, 16)
+    with torch.inference_mode():
+        layout = in_blocks(far_layout(ids, config))
+        sep_attention(*tensors[:3], layout)
+    expected = out_and_gradients(masked_attention, tensors, definition_mask(ids, config))
+    for impl in ("torch", "triton") if sep_kernel.triton else ("torch",):
+        actual = out_and_gradients(functools.partial(sep_attention, impl=impl), tensors, layout)
+        assert error(actual, expected) < 1e-4, config
+
+
+def test_an_attention_remembers_no_layout(seed):
+    """It follows one that is written over, and leaves no fake tensor behind."""
+    ids = torch.randint(3, (2, 1, 70))
+    config = SepConfig(window=5, separators=(1,))
+    layout, other = (far_layout(x, config) for x in ids)
+    q, k, v = torch.randn(3, 1, 2, 70, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(RuntimeError):
+        GPT(GPTConfig(attn="sep"))(torch.zeros(1, 70, dtype=torch.int64))
+    sep_attention(q, k, v, layout)
+    for old, new in zip(layout[:4], other[:4], strict=True):
+        old.copy_(new)
+    expected = masked_attention(q, k, v, definition_mask(ids[1], config))
+    assert (sep_attention(q, k, v, layout) - expected).abs().max() < 1e-5
+
+
+def test_what_all_layers_share_is_made_once(tiny, monkeypatch):
+    made = []
+    monkeypatch.setattr(sep_kernel, "visible", lambda *args: made.append(1) or visible(*args))
+    GPT(tiny(n_layer=3))(torch.zeros(2, 16, dtype=torch.int64))
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("impl", ["dense", "torch", "triton", "auto"])

@@ -175,12 +175,21 @@ def test_a_step_is_compiled_for_some_rows_for_any_number_and_at_the_horizon(seed
                                                                             monkeypatch):
     torch._dynamo.reset()
     counter = CompileCounter()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    how = dict(backend=counter, fullgraph=True)  # no part of a step is left to Python
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, **how))
     gpt = GPT(tiny(window=50, block_size=128))
     ids = torch.randint(12, (2, 20))
     for settings in [(1.0, None), (0, None), (0.5, None), (0.8, 3), (2.0, 5)]:
         tokens = gpt.generate(ids, 300, *settings, compile=True)
         assert len(list(tokens)) == 300 and counter.frame_count == 3, settings
+
+
+def test_any_number_of_models_compiles_in_one_process(tiny, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for window in range(1, 11):
+        gpt = GPT(tiny(n_layer=1, window=window))
+        assert len(list(gpt.generate(torch.zeros(1, 1), 3, compile=True))) == 3
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_mask import SPARSE, definition_mask, random_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, apply_rope, rope_cos_sin, rope_frequencies, sample_token
 from sep_cache import SepCache
@@ -118,9 +119,20 @@ def test_a_forward_that_fails_leaves_the_cache_as_it_was(seed, tiny, broken):
         assert (logits - definition(model, ids)).abs().max() < 1e-9, model.config
 
 
-def test_a_longer_text_than_block_size_needs_a_cache(tiny):
+def test_what_cannot_be_right_is_refused(tiny):
+    model = GPT(tiny())
+    ids = torch.zeros(1, 17, dtype=torch.int64)
     with pytest.raises(ValueError, match="17 tokens, and block_size is 16"):
-        GPT(tiny())(torch.zeros(1, 17, dtype=torch.int64))
+        model(ids)
+    for arguments in ((-1,), (torch.nan,), (torch.inf,), (1, 0)):
+        with pytest.raises(ValueError, match="temperature is .* and top_k"):
+            next(model.generate(ids, 1, *arguments))
+    cache = model.new_cache()
+    model.configure(window=3)
+    with pytest.raises(ValueError, match="configured since this cache was made; make a new one"):
+        model(ids, cache=cache)
+    with pytest.raises((TypeError, ValueError)):
+        model.configure(separators=".,")
 
 
 @pytest.mark.parametrize("attn", SPARSE)
@@ -138,14 +150,42 @@ def test_memory_is_constant_over_100_000_tokens(seed, tiny, attn):
     assert cache.n_tokens == 100_020
 
 
+def test_buffers_shrink_again_after_a_long_chunk(tiny):
+    cache = SepCache(tiny())
+    take_in(cache, torch.zeros(1, 1000, dtype=torch.int64))
+    for _ in range(100):
+        take_in(cache, torch.zeros(1, 16, dtype=torch.int64))
+    assert cache.kv[0].shape[2] == cache.row_kept.shape[1] == 64
+
+
+class Float64Watch(TorchDispatchMode):
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+def test_only_the_angles_of_positions_are_float64(tiny):
+    model = GPT(tiny())
+    with Float64Watch() as watch:
+        _, loss = model(*torch.zeros(2, 3, 16, dtype=torch.int64))
+        loss.backward()
+    assert watch.largest == 4 * 16 * model.config.head_dim / 2  # cos, cos, -sin and sin
+
+
 def test_after_generating_the_cache_can_be_used_and_the_model_trained(tiny):
     model = GPT(tiny())
     cache = SepCache(model.config)
     ids = torch.zeros(1, 8, dtype=torch.int64)
-    list(model.generate(ids, 3, cache=cache))
+    list(model.generate(ids.byte(), 3, cache=cache))
     with torch.no_grad():
         model(ids, cache=cache)
-    model(ids, ids)[1].backward()
+    logits, loss = model(ids, ids)
+    loss.backward()
+    assert logits is None
 
 
 def test_position_4_000_000_is_as_precise_as_position_4(tiny):
