@@ -23,6 +23,7 @@ import train
 from data.loader import get_batch
 from data.tokenizer import ByteTokenizer
 from model import GPT
+from options import run_script
 from pretrained import load_checkpoint
 from sample import SampleConfig
 from sep_cache import SepCache
@@ -208,19 +209,28 @@ def test_errors_of_saving_end_no_training(train_here, out_dir, monkeypatch, caps
     assert "could not be written, and is as it was" in err and "stopped at step 20" in err
 
 
-def test_two_processes_train_like_one_and_one_of_them_writes(training, out_dir, tmp_path):
+@pytest.mark.parametrize("n_processes, micro_batch_size", [(1, 1), (1, 3), (2, 1), (3, None)])
+def test_any_split_of_a_batch_trains_like_one_process_and_one_process_writes(
+        training, out_dir, tmp_path, n_processes, micro_batch_size):
     succeed("train.py", *training, "--out_dir", tmp_path)
-    shell(f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 train.py "
-          f"{shlex.join(map(str, training))}")
-    one, two = log_of(tmp_path), log_of(out_dir)
-    assert all(abs(two[step]["loss"] - one[step]["loss"]) < 1e-5 for step in range(1, 21))
-    assert abs(two[20]["val_loss"] - one[20]["val_loss"]) < 1e-5
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node={n_processes} train.py"
+    options = *training, "--micro_batch_size", micro_batch_size
+    shell(f"{sys.executable} {launch if n_processes > 1 else 'train.py'} "
+          f"{shlex.join(map(str, options))}")
+    one, split = log_of(tmp_path), log_of(out_dir)
+    assert all(abs(split[step]["loss"] - one[step]["loss"]) < 1e-5 for step in range(1, 21))
+    assert abs(split[20]["val_loss"] - one[20]["val_loss"]) < 1e-5
     assert n_lines(out_dir) == 23
 
 
-def test_a_rank_that_another_program_left_behind_does_not_matter(training, out_dir):
-    code, _, err = run("train.py", *training, env=os.environ | {"RANK": "1"})
-    assert code == 0 and step_of(out_dir) == 20, err
+def test_ranks_that_another_program_left_behind_do_not_matter_and_bars_are_not_drawn_unasked(
+        training, out_dir):
+    (out_dir / "log.jsonl").parent.mkdir()
+    (out_dir / "log.jsonl").write_text("of an earlier run")
+    left = {"RANK": "1", "WORLD_SIZE": "two", "TQDM_DISABLE": "1"}
+    code, _, err = run("train.py", *training, env=os.environ | left)
+    assert code == 0 and list(log_of(out_dir)) == list(range(21)), err
+    assert err.startswith("validation loss")
 
 
 def test_post_training_starts_from_the_model_and_changes_its_attention(checkpoint, data, out_dir):
@@ -285,6 +295,22 @@ def test_samples_are_repeatable_and_any_attention_can_be_asked_for(checkpoint):
     assert "8 of 34 keys" in err
 
 
+def test_a_model_that_has_become_broken_ends_a_sample_with_a_sentence(checkpoint, monkeypatch):
+    model, _ = load_checkpoint(checkpoint)
+    model.generate = lambda *_: torch.tensor([[97], [-1]])
+    with pytest.raises(ValueError, match="logits are not finite"):
+        sample.write(model, ByteTokenizer(), [97], SampleConfig())
+
+
+def test_weights_may_have_another_dtype(checkpoint):
+    perplexities = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        out, _ = succeed("sample.py --device cpu --dtype", dtype, "--score", ROOT / "LICENSE",
+                         "--ckpt", checkpoint)
+        perplexities.append(float(out.split()[-1]))
+    assert max(perplexities) < 1.05 * min(perplexities) and len(set(perplexities)) > 1
+
+
 @pytest.mark.parametrize("stream, expected", [(False, "ab\n"), (True, "ab.c\n")])
 def test_a_token_that_ends_a_text_ends_a_sample_but_no_stream(checkpoint, capsys, stream, expected):
     model, _ = load_checkpoint(checkpoint)
@@ -330,9 +356,12 @@ def test_bytes_that_are_no_text_and_large_numbers_are_fine(checkpoint):
     ("train.py --window 0", 2, "window is 0, and must be at least 1"),
     ("train.py --block_size 100000", 1, "block_size 100000 needs one more"),
     ("sample.py --temperature nan", 2, "temperature is nan"),
+    ("sample.py --temperature inf", 1, "temperature is inf"),
+    ("sample.py --dtype int8", 2, "dtype is int8, and must be float32, bfloat16 or float16"),
     ("sample.py --prompt -", 1, "the prompt is empty"),
     ("sample.py --score /dev/null", 1, "too short"),
-    ("sample.py --ckpt nowhere.pt", 1, "nowhere.pt is no whole checkpoint, as python train.py"),
+    ("sample.py --score=", 1, "No such file"),
+    ("sample.py --ckpt nowhere.pt", 1, "nowhere.pt: there is no such file or folder"),
 ])
 def test_a_wrong_option_is_one_sentence(data, checkpoint, tmp_path, command, code, sentence):
     options = ["--ckpt", checkpoint]
@@ -340,6 +369,18 @@ def test_a_wrong_option_is_one_sentence(data, checkpoint, tmp_path, command, cod
         options = ["--data", data, "--out_dir", tmp_path]
     found, _, err = run(command, *options)
     assert found == code and sentence in err
+
+
+def test_a_mistake_in_the_code_is_a_sentence_with_its_place_or_a_traceback(train_here, monkeypatch):
+    def wrong(*_):
+        raise TypeError("a mistake")
+
+    monkeypatch.setattr(train, "get_lr", wrong)
+    with pytest.raises(SystemExit, match=r"error: a mistake \(.*/test_scripts.py:\d+; .*-X dev"):
+        run_script(train_here)
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(dev_mode=True))
+    with pytest.raises(TypeError):
+        run_script(train_here)
 
 
 @pytest.mark.parametrize("stderr", ["2>&-", "2>&1 | true", "2>/dev/full"])
