@@ -291,7 +291,8 @@ def test_tokens_of_another_tokenizer_are_refused_with_advice(folder, data, tmp_p
     other = tmp_path / "other"
     other.mkdir()
     save_byte_fallback_tokenizer(other)  # as many tokens
-    succeed("data/prepare.py", "--text", data / "meta.json", "--tokenizer", other, "--out", other)
-    for tokens in (other, data):
+    succeed("data/prepare.py", "--text", data / "meta.json", "--tokenizer", other,
+            "--out", f"{other}/tokens")
+    for tokens in (other / "tokens", data):
         code, _, err = run("train.py", "--init_from", folder, "--data", tokens, "--out_dir", other)
         assert code == 1 and f"the tokens of {tokens} are not those of" in err
