@@ -129,16 +129,21 @@ def test_every_start_of_a_batch_is_drawn_also_the_last_one(seed):
     assert (y == x + 1).all()
 
 
-def test_token_ids_of_ones_own_need_a_meta_json_that_says_what_they_are(tmp_path):
+# changes to a right one
+WRONG = ['{"dtype": "int"}', '{"vocab_size": "12"}', '{"vocab_size": null}', '{"vocab_size": 12.0}',
+         '{"vocab_size": 11}', '{"separators": [".", ","]}', '{"separators": ".,?"}',
+         '{"separators": null}', '{"separators": [-1, 10]}', '{"separators": [12]}',
+         '{"separators": [1.0]}', '{"separators": [[1]]}', '{"tokenizer": "a/tokenizer.json"}',
+         '{"tokenizer": "{}"}', '{"tokenizer": 1}']
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_token_ids_of_ones_own_need_a_right_meta_json(tmp_path, change):
     for part in ("train.bin", "val.bin"):
         np.arange(12, dtype=np.uint16).tofile(tmp_path / part)
-    meta = dict(vocab_size=12, dtype="uint16", separators=[1])
-    with pytest.raises(ValueError, match="is missing or incomplete; to prepare a text: data/prepa"):
-        load_data(tmp_path)
-    for change, sentence in ((dict(dtype="int"), "is missing or incomplete"),
-                             (dict(vocab_size=11), "token 11, beyond the vocabulary of 11")):
-        (tmp_path / "meta.json").write_text(json.dumps(meta | change))
-        with pytest.raises(ValueError, match=sentence):
-            load_data(tmp_path)
+    meta = {"vocab_size": 12, "dtype": "uint16", "separators": [1]}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     assert load_data(tmp_path)[2].items() > meta.items()
+    (tmp_path / "meta.json").write_text(json.dumps(meta | json.loads(change)))
+    with pytest.raises(ValueError, match="needs a meta.json .* data/prepare.py|token 11, beyond"):
+        load_data(tmp_path)
