@@ -207,7 +207,9 @@ BYTE_FALLBACK = """{
         {"id": 0, "content": "<s>", "special": true, "single_word": false, "lstrip": false,
          "rstrip": false, "normalized": false},
         {"id": 1, "content": "<unk>", "special": true, "single_word": false, "lstrip": false,
-         "rstrip": false, "normalized": false}],
+         "rstrip": false, "normalized": false},
+        {"id": 2, "content": "cab", "special": false, "single_word": false, "lstrip": false,
+         "rstrip": false, "normalized": true}],
     "normalizer": {"type": "Sequence", "normalizers": [
         {"type": "Prepend", "prepend": "▁"},
         {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
@@ -219,7 +221,8 @@ BYTE_FALLBACK = """{
 
 def save_byte_fallback_tokenizer(folder):
     """As Llama 2: a space belongs to the word after it; unknown characters are single bytes."""
-    words = ["<s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁.,?!;:abcdefgh", "▁a"]
+    words = ["<s>", "<unk>", "cab", *(f"<0x{byte:02X}>" for byte in range(256)),
+             *"▁.,?!;:abcdefgh", "▁a"]
     words += map(str, range(302 - len(words)))
     content = json.loads(BYTE_FALLBACK)
     content["model"]["vocab"] = {word: i for i, word in enumerate(words)}
@@ -242,7 +245,8 @@ def folder(tmp_path):
 
 
 @TOKENIZERS
-@pytest.mark.parametrize("text", [TEXT, " a  b a. a.b  ", "🙂" * 50, "e\ufffdf\ufffd\ufffd", ""])
+@pytest.mark.parametrize("text", [TEXT, " a  b a. a.b  ", "🙂" * 50, "e\ufffdf\ufffd\ufffd", "",
+                                  "bad cab"])
 def test_streamed_text_is_the_whole_text_in_whole_characters(tmp_path, save_tokenizer, text):
     save_tokenizer(tmp_path)
     tokenizer = tokenizer_in(tmp_path)
