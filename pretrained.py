@@ -174,15 +174,22 @@ def read_parameter(name, config, take):
 
 
 def map_tensors(folder):
-    """All tensors of the folder's safetensors, mapped: {name: tensor}."""
-    # as in transformers, a single file comes before an index, which may be of an older save
-    names = ["model.safetensors"]
+    """All tensors of the folder's safetensors, mapped: {name: tensor}.
+
+    A single file comes before an index, which may be of an older save: so does transformers. An
+    index says for each tensor which file it is read from. Other files may hold one of that name.
+    """
+    files = ["model.safetensors"]
+    weight_map = {}  # {name of a tensor: file}
     index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / names[0]).is_file():
-        names = set(read_json(index).get("weight_map", {}).values())
     tensors = {}
     with explain(f"{folder}/*.safetensors cannot be read, and other files of weights, which are "
-                 "pickles, are not opened", OSError, safetensors.SafetensorError):
-        for name in names:
-            tensors |= safetensors.torch.load_file(folder / name)
+                 "pickles, are not opened", OSError, TypeError, safetensors.SafetensorError):
+        if index.is_file() and not (folder / files[0]).is_file():
+            weight_map = dict(read_json(index)["weight_map"])
+            files = dict.fromkeys(weight_map.values())
+        for file in files:
+            for name, tensor in safetensors.torch.load_file(folder / file).items():
+                if weight_map.get(name, file) == file:
+                    tensors[name] = tensor
     return tensors

@@ -109,12 +109,14 @@ def test_a_single_file_comes_before_an_index_and_old_buffers_do_not_matter(seed,
     weight_map = {name: f"{len(name) % 2}.safetensors" for name in weights}
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    for part in set(weight_map.values()):
-        tensors = {name: weights[name] + 1 for name in weights if weight_map[name] == part}
+    for part in set(weight_map.values()):  # each holds all tensors, 1 larger if it is their file
+        tensors = {name: weights[name] + (weight_map[name] == part) for name in weights}
         safetensors_torch.save_file(tensors, tmp_path / part)
     for offset in (0, 1):  # of the single file, then of the index
         model = load_model(tmp_path, attn="full")
+        # the index names different files for these two
         assert torch.equal(model.lm_head.weight, weights["lm_head.weight"] + offset)
+        assert torch.equal(model.norm.weight, weights["model.norm.weight"] + offset)
         (tmp_path / "model.safetensors").unlink(missing_ok=True)
 
 
