@@ -103,7 +103,9 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 # weights show as tensors of other names
 SUPPORTED = {"model_type": ("llama", "mistral", "qwen2", "qwen3"), "hidden_act": ("silu", None),
              "rope_type": ("llama3", "default"), "type": ("default", None),
-             "partial_rotary_factor": (1.0, None)}
+             "partial_rotary_factor": (1.0, None),
+             # in rope_parameters: other settings for another type of layers
+             "full_attention": (None,), "sliding_attention": (None,)}
 
 
 def read_config(path):
