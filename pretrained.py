@@ -62,15 +62,19 @@ def tokenizer_of(model):
 
 def load_checkpoint(path):
     """The GPT in a checkpoint, and the rest of its state. ValueError if it is none, or damaged."""
+    require(path.exists(), f"{path}: there is no such file or folder")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["info"] = json.loads(state["info"])
-        model = GPT(GPTConfig(**state["info"]["model_config"]))
-        model.load_state_dict(state.pop("model"))
-        model.tokenizer_json = state["info"]["data"].get("tokenizer")
+        config = GPTConfig(**state["info"]["model_config"])
+        tokenizer_json = state["info"]["data"].get("tokenizer")
+        weights = state.pop("model")
     except Exception as error:  # whatever a damaged or foreign file leads to
         raise ValueError(f"{path} is no whole checkpoint, as python train.py makes them "
                          f"({type(error).__name__})") from None
+    model = GPT(config)  # what goes wrong here is no fault of the file
+    model.load_state_dict(weights)
+    model.tokenizer_json = tokenizer_json
     return model, state
 
 
@@ -78,9 +82,10 @@ def load_folder(folder, dtype):
     """The GPT in a Hugging Face folder, as `hf download` leaves it."""
     require(safetensors, PACKAGES)
     path = folder / "config.json"
-    with (explain(f"{path}: a setting is missing or no number", KeyError, TypeError),
-          torch.device("meta")):  # parameters without memory, to be replaced by what is read
-        model = GPT(read_config(path))
+    with explain(f"{path}: a setting is missing or no number", KeyError, TypeError):
+        config = read_config(path)
+    with torch.device("meta"):  # parameters without memory, to be replaced by what is read
+        model = GPT(config)
     with explain(f"{folder} holds no such weights as config.json says", KeyError, RuntimeError):
         model.load_state_dict(read_weights(folder, model, dtype), assign=True)
     path = folder / "tokenizer.json"

@@ -177,6 +177,13 @@ def test_a_missing_or_damaged_file_is_named_in_one_sentence(seed, folder, name, 
     assert "\n" not in str(error.value)
 
 
+def test_a_bug_in_the_model_is_not_called_a_damaged_file(checkpoint, folder, monkeypatch):
+    monkeypatch.setattr("pretrained.GPT", None)
+    for path in (checkpoint, folder):
+        with pytest.raises(TypeError):
+            load_model(path)
+
+
 def test_missing_packages_are_named_with_the_command_that_installs_them(folder, monkeypatch):
     monkeypatch.setattr("data.tokenizer.tokenizers", None)
     with pytest.raises(ValueError, match=INSTALL):
