@@ -24,11 +24,17 @@ except ImportError:  # only pretrained models need it
 def load_model(path, dtype=torch.float32, device="cpu", **attention):
     """The GPT at `path`, in evaluation mode: a checkpoint, or the folder of a pretrained model.
 
-    attention: fields of SepConfig to change. separators are token ids, or characters (str) that
-    make a token a separator. A checkpoint has what it was trained with. A folder gets attn="sep",
-    the usual separators, window 256, as the paper uses for Llama-3-8B, and max_seps 256, where the
-    paper has no cap; so a token sees about 500 others, whatever max_position_embeddings (here
-    block_size) is.
+    attention: fields of SepConfig to change. separators may be token ids, or a str of characters:
+    a token of these characters is a separator. A checkpoint keeps the fields that are not given
+    here. The folder of a pretrained model has no such fields; for it they are
+
+        attn         "sep"
+        separators   the usual characters
+        window       256, as in the paper with Llama-3-8B
+        max_seps     256; the paper has no such limit
+        block_size   its max_position_embeddings
+
+    With these, a token sees about 500 others.
     dtype: of the weights; training needs float32, whatever the files hold.
     The model's tokenizer_json is the text of its tokenizer.json, or None.
     ValueError says in one sentence what is missing or not supported.
@@ -116,8 +122,8 @@ SUPPORTED = {"model_type": ("llama", "mistral", "qwen2", "qwen3"), "hidden_act":
 def read_config(path):
     """The GPTConfig of a model by its config.json, without settings of the attention."""
     config = read_json(path)
-    # Older files have rope_theta at the top and maybe rope_scaling, newer ones rope_parameters.
-    # Where a file has both, programs differ in which they follow, so they must agree.
+    # Older files have rope_theta and maybe rope_scaling, newer ones rope_parameters. Some files
+    # have both. Programs differ in which of them they follow, so both must say the same.
     older = config | (config.get("rope_scaling") or {})
     config = older | (config.get("rope_parameters") or {})
     require(older.items() <= config.items(),
@@ -156,10 +162,12 @@ def read_weights(folder, model, dtype):
     """
     stored = map_tensors(folder)
     embedding = stored.get("model.embed_tokens.weight")
-    weights = {name: read_parameter(name, model.config, stored.pop).to(dtype)
-               for name, _ in model.named_parameters()}
+    weights = {}
+    for name, _ in model.named_parameters():  # each is taken out of `stored`
+        weights[name] = read_parameter(name, model.config, stored.pop).to(dtype)
+    # What is left is no parameter of ours. Two kinds of tensors change nothing: the repeated
+    # embedding of a tied model, and RoPE's frequencies in old files.
     for name, tensor in stored.items():
-        # some files repeat the embedding of a tied model, old ones RoPE's frequencies
         is_copy = name == "lm_head.weight" and torch.equal(tensor, embedding)
         require(is_copy or name.endswith("inv_freq"),
                 f"{folder} holds the tensor {name}, which by config.json it should not")
@@ -167,7 +175,7 @@ def read_weights(folder, model, dtype):
 
 
 def read_parameter(name, config, take):
-    """One parameter of GPT, by take(name of a tensor in the file) -> tensor."""
+    """The parameter `name` of GPT. take(name) is the file's tensor of that name."""
     if name != "lm_head.weight":
         name = f"model.{name}"
     if "qkv_proj" in name:
