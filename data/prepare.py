@@ -46,7 +46,7 @@ def prepare(folder, texts, tokenizer_folder=None):
     time the first counts, and the other raises FileExistsError.
     Raises FileExistsError where there is something already, other OSErrors and ValueError.
     """
-    is_taken = FileExistsError(f"{folder} is there already; delete it, or give another --out")
+    is_taken = FileExistsError(f"{folder} is there already; give another --out, or delete it")
     if any(folder.glob("*")):
         raise is_taken
     tokenizer = ByteTokenizer()

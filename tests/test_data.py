@@ -36,7 +36,7 @@ def test_data_that_is_there_is_not_replaced_even_if_two_runs_begin_at_once(tmp_p
         prepare(tmp_path / "out", ["0123456789" * 10])  # the other run
 
     for _ in range(2):
-        with pytest.raises(FileExistsError, match="out is there already; delete it, or give"):
+        with pytest.raises(FileExistsError, match="out is there already; give another --out"):
             prepare(tmp_path / "out", texts())
         assert parts(tmp_path / "out") == ["0123456789" * 9, "0123456789"]
         assert os.listdir(tmp_path) == ["out"]
