@@ -24,11 +24,17 @@ except ImportError:  # only pretrained models need it
 def load_model(path, dtype=torch.float32, device="cpu", **attention):
     """The GPT at `path`, in evaluation mode: a checkpoint, or the folder of a pretrained model.
 
-    attention: fields of SepConfig to change. separators are token ids, or characters (str) that
-    make a token a separator. A checkpoint has what it was trained with. A folder gets attn="sep",
-    the usual separators, window 256, as the paper uses for Llama-3-8B, and max_seps 256, where the
-    paper has no cap; so a token sees about 500 others, whatever max_position_embeddings (here
-    block_size) is.
+    attention: fields of SepConfig to change. separators may be token ids, or a str of characters:
+    a token of these characters is a separator. A checkpoint keeps the fields that are not given
+    here. The folder of a pretrained model has no such fields; for it they are
+
+        attn         "sep"
+        separators   the usual characters
+        window       256, as in the paper with Llama-3-8B
+        max_seps     256; the paper has no such limit
+        block_size   its max_position_embeddings
+
+    With these, a token sees about 500 others.
     dtype: of the weights; training needs float32, whatever the files hold.
     The model's tokenizer_json is the text of its tokenizer.json, or None.
     ValueError says in one sentence what is missing or not supported.
@@ -62,15 +68,19 @@ def tokenizer_of(model):
 
 def load_checkpoint(path):
     """The GPT in a checkpoint, and the rest of its state. ValueError if it is none, or damaged."""
+    require(path.exists(), f"{path}: there is no such file or folder")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["info"] = json.loads(state["info"])
-        model = GPT(GPTConfig(**state["info"]["model_config"]))
-        model.load_state_dict(state.pop("model"))
-        model.tokenizer_json = state["info"]["data"].get("tokenizer")
+        config = GPTConfig(**state["info"]["model_config"])
+        tokenizer_json = state["info"]["data"].get("tokenizer")
+        weights = state.pop("model")
     except Exception as error:  # whatever a damaged or foreign file leads to
         raise ValueError(f"{path} is no whole checkpoint, as python train.py makes them "
                          f"({type(error).__name__})") from None
+    model = GPT(config)  # what goes wrong here is no fault of the file
+    model.load_state_dict(weights)
+    model.tokenizer_json = tokenizer_json
     return model, state
 
 
@@ -78,9 +88,10 @@ def load_folder(folder, dtype):
     """The GPT in a Hugging Face folder, as `hf download` leaves it."""
     require(safetensors, PACKAGES)
     path = folder / "config.json"
-    with (explain(f"{path}: a setting is missing or no number", KeyError, TypeError),
-          torch.device("meta")):  # parameters without memory, to be replaced by what is read
-        model = GPT(read_config(path))
+    with explain(f"{path}: a setting is missing or no number", KeyError, TypeError):
+        config = read_config(path)
+    with torch.device("meta"):  # parameters without memory, to be replaced by what is read
+        model = GPT(config)
     with explain(f"{folder} holds no such weights as config.json says", KeyError, RuntimeError):
         model.load_state_dict(read_weights(folder, model, dtype), assign=True)
     path = folder / "tokenizer.json"
@@ -103,14 +114,16 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 # weights show as tensors of other names
 SUPPORTED = {"model_type": ("llama", "mistral", "qwen2", "qwen3"), "hidden_act": ("silu", None),
              "rope_type": ("llama3", "default"), "type": ("default", None),
-             "partial_rotary_factor": (1.0, None)}
+             "partial_rotary_factor": (1.0, None),
+             # in rope_parameters: other settings for another type of layers
+             "full_attention": (None,), "sliding_attention": (None,)}
 
 
 def read_config(path):
     """The GPTConfig of a model by its config.json, without settings of the attention."""
     config = read_json(path)
-    # Older files have rope_theta at the top and maybe rope_scaling, newer ones rope_parameters.
-    # Where a file has both, programs differ in which they follow, so they must agree.
+    # Older files have rope_theta and maybe rope_scaling, newer ones rope_parameters. Some files
+    # have both. Programs differ in which of them they follow, so both must say the same.
     older = config | (config.get("rope_scaling") or {})
     config = older | (config.get("rope_parameters") or {})
     require(older.items() <= config.items(),
@@ -149,10 +162,12 @@ def read_weights(folder, model, dtype):
     """
     stored = map_tensors(folder)
     embedding = stored.get("model.embed_tokens.weight")
-    weights = {name: read_parameter(name, model.config, stored.pop).to(dtype)
-               for name, _ in model.named_parameters()}
+    weights = {}
+    for name, _ in model.named_parameters():  # each is taken out of `stored`
+        weights[name] = read_parameter(name, model.config, stored.pop).to(dtype)
+    # What is left is no parameter of ours. Two kinds of tensors change nothing: the repeated
+    # embedding of a tied model, and RoPE's frequencies in old files.
     for name, tensor in stored.items():
-        # some files repeat the embedding of a tied model, old ones RoPE's frequencies
         is_copy = name == "lm_head.weight" and torch.equal(tensor, embedding)
         require(is_copy or name.endswith("inv_freq"),
                 f"{folder} holds the tensor {name}, which by config.json it should not")
@@ -160,7 +175,7 @@ def read_weights(folder, model, dtype):
 
 
 def read_parameter(name, config, take):
-    """One parameter of GPT, by take(name of a tensor in the file) -> tensor."""
+    """The parameter `name` of GPT. take(name) is the file's tensor of that name."""
     if name != "lm_head.weight":
         name = f"model.{name}"
     if "qkv_proj" in name:
@@ -174,15 +189,22 @@ def read_parameter(name, config, take):
 
 
 def map_tensors(folder):
-    """All tensors of the folder's safetensors, mapped: {name: tensor}."""
-    # as in transformers, a single file comes before an index, which may be of an older save
-    names = ["model.safetensors"]
+    """All tensors of the folder's safetensors, mapped: {name: tensor}.
+
+    A single file comes before an index, which may be of an older save: so does transformers. An
+    index says for each tensor which file it is read from. Other files may hold one of that name.
+    """
+    files = ["model.safetensors"]
+    weight_map = {}  # {name of a tensor: file}
     index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / names[0]).is_file():
-        names = set(read_json(index).get("weight_map", {}).values())
     tensors = {}
     with explain(f"{folder}/*.safetensors cannot be read, and other files of weights, which are "
-                 "pickles, are not opened", OSError, safetensors.SafetensorError):
-        for name in names:
-            tensors |= safetensors.torch.load_file(folder / name)
+                 "pickles, are not opened", OSError, TypeError, safetensors.SafetensorError):
+        if index.is_file() and not (folder / files[0]).is_file():
+            weight_map = dict(read_json(index)["weight_map"])
+            files = dict.fromkeys(weight_map.values())
+        for file in files:
+            for name, tensor in safetensors.torch.load_file(folder / file).items():
+                if weight_map.get(name, file) == file:
+                    tensors[name] = tensor
     return tensors

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from options import read_json, require
+from data.tokenizer import Tokenizer
+from options import explain, read_json, require
 
 
 def find_data(name):
@@ -24,25 +25,28 @@ def load_data(name):
 
         vocab_size   all ids are below it
         dtype        uint8, uint16 or uint32, of the tokens in the .bin files
-        separators   token ids
+        separators   token ids, a list
         tokenizer    the text of a tokenizer.json; null or missing: bytes, if vocab_size is 256
 
     and the checksums of the two files, so that a training can tell whether they have changed.
     OSError and ValueError for files that are missing or cannot be used.
     """
     folder = find_data(name)
-    path = folder / "meta.json"
-    meta = dict(tokenizer=None, checksums=[]) | (read_json(path) if path.exists() else {})
-    require(meta.get("dtype") in ("uint8", "uint16", "uint32")
-            and {"vocab_size", "separators"} <= meta.keys(), f"{path}, which says what tokens "
-            "there are, is missing or incomplete; to prepare a text: data/prepare.py --text FILE")
-    parts = []
-    for path in (folder / "train.bin", folder / "val.bin"):
-        tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
-        require(tokens.max() < meta["vocab_size"], f"{path} holds token {tokens.max()}, beyond the "
-                f"vocabulary of {meta['vocab_size']}")
-        meta["checksums"].append(zlib.crc32(tokens))
-        parts.append(tokens)
+    with explain(f"{folder} needs a meta.json as data/prepare.py --text FILE writes it, with dtype "
+                 "uint8, uint16 or uint32, separators below vocab_size, and maybe a tokenizer's "
+                 "text", KeyError, TypeError, ValueError):
+        meta = dict(tokenizer=None) | read_json(folder / "meta.json")
+        ids = range(meta["vocab_size"])
+        require(meta["dtype"] in ("uint8", "uint16", "uint32")
+                and all(type(i) is int and i in ids for i in meta["separators"]),
+                f"dtype is {meta['dtype']}, and separators are {meta['separators']}")
+        if meta["tokenizer"] is not None:
+            Tokenizer(meta["tokenizer"])
+    parts = [np.memmap(folder / name, meta["dtype"], "r") for name in ("train.bin", "val.bin")]
+    for tokens in parts:
+        require(tokens.max() in ids, f"{tokens.filename} holds token {tokens.max()}, beyond the "
+                f"vocabulary of {len(ids)}")
+    meta["checksums"] = [zlib.crc32(tokens) for tokens in parts]
     return *parts, meta
 
 

@@ -29,7 +29,7 @@ class ByteTokenizer:
     json = None  # the text of a tokenizer.json
     vocab_size = 256  # all ids are below it
     special_ids = ()  # tokens without text, such as the end of a text; any of them ends a sample
-    words = {}  # {id: text} of words that were added to the vocabulary later
+    words = {}  # {id: text} of tokens whose text `decode` would get wrong
 
     def encode(self, text, is_first=True):
         """The ids of a text, a list. is_first: of its first piece, which may get a begin token."""
@@ -56,7 +56,12 @@ class Tokenizer:
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1  # there may be holes
         added = self.tokenizer.get_added_tokens_decoder()
         self.special_ids = {i for i, token in added.items() if token.special}
-        self.words = {i: token.content for i, token in added.items() if not token.special}
+        self.words = {}
+        decoder = self.tokenizer.decoder
+        # GPT-2 spells each byte as a letter, a space as Ġ. Words that were added later are not
+        # spelled so, but such a decoder reads their letters as bytes, too.
+        if decoder and decoder.decode(["Ġ"]) == " ":
+            self.words = {i: token.content for i, token in added.items() if not token.special}
 
     def encode(self, text, is_first=True):
         text = text.encode(errors="surrogateescape").decode(errors="replace")
@@ -79,11 +84,11 @@ class Tokenizer:
 class Decoder:
     """Text from the ids of one text as they come, in whole characters.
 
-    A token is decoded together with those before it, since some decoders drop the first space of
-    what they get.
+    A token's text may depend on the tokens before it: some decoders drop a space at the beginning.
+    So each token is decoded together with the ones before it.
 
-    (The package's DecodeStream does nearly the same, but raises an exception where a byte that is
-    no character changes the text before it.)
+    The package's DecodeStream does nearly the same. But it raises an exception when a byte that is
+    part of no character changes the text before it.
     """
 
     def __init__(self, tokenizer):
@@ -94,7 +99,7 @@ class Decoder:
     def step(self, token_id):
         """The text of the next id; a character whose bytes are not all there yet waits."""
         words = self.tokenizer.words
-        if token_id in words:  # the tokenizer would read its letters as GPT-2's spelling of bytes
+        if token_id in words:
             return self.flush() + words[token_id]
         self.waiting.append(token_id)
         is_complete = self.tokenizer.decode(self.waiting)[-1:] not in ("", "\ufffd")

@@ -1,16 +1,17 @@
 """What the README promises of prepare.py, and of the text and the batches that come from it."""
 import io
 import json
-import shutil
+import os
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TEXT, run, start, succeed
+from conftest import ROOT, TEXT, run, start, succeed
 
 from data.loader import get_batch, load_data
-from data.prepare import prepare
+from data.prepare import prepare, read_files
 from data.tokenizer import ByteTokenizer, Decoder, read_pieces
 
 
@@ -22,36 +23,63 @@ def parts(folder):
 # ---- preparing
 
 
-def test_text_is_prepared_from_a_pipe_and_a_reader_of_the_old_data_keeps_it(tmp_path):
-    prepare(tmp_path, ["abc" * 30])
-    _, old, _ = load_data(tmp_path)
-    process = start("data/prepare.py --text /dev/stdin", "--out", tmp_path, stdin=subprocess.PIPE)
-    process.communicate("0123456789" * 10)
-    assert parts(tmp_path) == ["0123456789" * 9, "0123456789"]
-    assert bytes(old) == b"abc" * 3
+def test_text_is_prepared_from_a_pipe_and_the_hint_is_quoted_for_the_shell(tmp_path):
+    out = tmp_path / "$out"
+    process = start("data/prepare.py --text -", "--out", out, stdin=subprocess.PIPE)
+    _, err = process.communicate("0123456789" * 10)
+    assert parts(out) == ["0123456789" * 9, "0123456789"] and f"train.py --data='{out}'" in err
 
 
-def test_of_a_folder_all_text_is_read_once_and_its_own_output_never(tmp_path):
+def test_data_that_is_there_is_not_replaced_even_if_two_runs_begin_at_once(tmp_path):
+    def with_another_run():
+        yield "abc" * 30
+        prepare(tmp_path / "out", ["0123456789" * 10])
+
+    for texts in (with_another_run(), None):  # None: once it is there, no text is read
+        with pytest.raises(FileExistsError, match="out is there already; give another --out"):
+            prepare(tmp_path / "out", texts)
+        assert parts(tmp_path / "out") == ["0123456789" * 9, "0123456789"]
+        assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("path, sentence", [
+    ("", "No such file"), ("/dev/null", "too little text"),
+    (ROOT / "data/loader.py", "data/loader.py is there already")])  # the whole name, not its stem
+def test_a_text_that_becomes_no_data_is_one_sentence(path, sentence):
+    code, _, err = run("data/prepare.py", "--text", path)
+    assert code == 1 and sentence in err
+
+
+def test_of_a_folder_all_text_is_read_once(tmp_path):
     folder = tmp_path / "text"
     (folder / ".git").mkdir(parents=True)
-    for name, content in {"a.txt": TEXT.encode(), ".git/objects": b"no",
-                          "image.png": b"\x89PNG\0"}.items():
-        (folder / name).write_bytes(content)
+    (folder / ".git" / "objects").write_text("no")
+    (folder / "a.txt").write_text(TEXT)
+    (folder / "image.png").write_bytes(b"\x89PNG\0")
     (folder / "itself").symlink_to(folder)
     (folder / "link.txt").symlink_to(folder / "a.txt")
-    for _ in range(2):
-        _, err = succeed("data/prepare.py", "--text", folder, "--out", folder / "out")
-        assert "".join(parts(folder / "out")) == TEXT and "skipped 2 files" in err
+    _, err = succeed("data/prepare.py", "--text", folder, "--out", folder / "out")
+    assert "".join(parts(folder / "out")) == TEXT and "skipped 2 files" in err
 
 
-@pytest.mark.parametrize("text, sentence", [("", "too little text"), (None, "No such file")])
-def test_data_is_replaced_as_a_whole_or_not_at_all(data, tmp_path, text, sentence):
-    out = shutil.copytree(data, tmp_path / "out")
-    if text is not None:
-        (tmp_path / "some.txt").write_text(text)
-    code, _, err = run("data/prepare.py", "--text", tmp_path / "some.txt", "--out", out)
-    assert code == 1 and sentence in err
-    assert parts(out) == parts(data) and load_data(out)
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    tmp_path.chmod(0o755)
+    (tmp_path / "closed").mkdir(mode=0)
+    monkeypatch.chdir(tmp_path)
+    os.seteuid(os.geteuid() or 65534)  # root could read it
+    try:
+        with pytest.raises(PermissionError, match="closed"):
+            list(read_files("."))
+    finally:
+        os.seteuid(os.getuid())
+
+
+@pytest.mark.parametrize("limit", [0, 10])
+def test_on_a_full_disk_nothing_is_written(tmp_path, limit):
+    """A limit to the size of a file, here in units of 512 bytes, is an error of the same kind."""
+    command = f"{sys.executable} data/prepare.py --text README.md --out {tmp_path}/out"
+    assert subprocess.run(f"ulimit -f {limit}; {command}", shell=True, cwd=ROOT).returncode == 1
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["é" * 9, "two lines\n" * 2, "日本語\n" * 9, TEXT])
@@ -101,16 +129,21 @@ def test_every_start_of_a_batch_is_drawn_also_the_last_one(seed):
     assert (y == x + 1).all()
 
 
-def test_token_ids_of_ones_own_need_a_meta_json_that_says_what_they_are(tmp_path):
+# changes to a right one
+WRONG = ['{"dtype": "int"}', '{"vocab_size": "12"}', '{"vocab_size": null}', '{"vocab_size": 12.0}',
+         '{"vocab_size": 11}', '{"separators": [".", ","]}', '{"separators": ".,?"}',
+         '{"separators": null}', '{"separators": [-1, 10]}', '{"separators": [12]}',
+         '{"separators": [1.0]}', '{"tokenizer": "a/tokenizer.json"}',
+         '{"tokenizer": "{}"}', '{"tokenizer": 1}']
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_token_ids_of_ones_own_need_a_right_meta_json(tmp_path, change):
     for part in ("train.bin", "val.bin"):
         np.arange(12, dtype=np.uint16).tofile(tmp_path / part)
-    meta = dict(vocab_size=12, dtype="uint16", separators=[1])
-    with pytest.raises(ValueError, match="is missing or incomplete; to prepare a text: data/prepa"):
-        load_data(tmp_path)
-    for change, sentence in ((dict(dtype="int"), "is missing or incomplete"),
-                             (dict(vocab_size=11), "token 11, beyond the vocabulary of 11")):
-        (tmp_path / "meta.json").write_text(json.dumps(meta | change))
-        with pytest.raises(ValueError, match=sentence):
-            load_data(tmp_path)
+    meta = {"vocab_size": 12, "dtype": "uint16", "separators": [1]}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     assert load_data(tmp_path)[2].items() > meta.items()
+    (tmp_path / "meta.json").write_text(json.dumps(meta | json.loads(change)))
+    with pytest.raises(ValueError, match="needs a meta.json .* data/prepare.py|token 11, beyond"):
+        load_data(tmp_path)
