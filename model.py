@@ -91,7 +91,7 @@ def rope_cos_sin(positions, frequencies, dtype):
 def apply_rope(x, cos_sin):
     """Rotate the channel pairs (d, d + D / 2) of x (..., T, D) by the angles of their positions."""
     cos, sin = cos_sin
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    swapped = x.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
@@ -168,12 +168,12 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.n_embd, 2 * config.n_inner, bias=False)
+        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
         self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -341,8 +341,6 @@ class RecordedStep:
     It begins again once more when the text passes block_size, since then sinks are scored apart.
     Elsewhere than on a GPU every step runs.
     """
-    is_possible = True  # after a failed recording PyTorch can begin no other in this process
-
     def __init__(self, step, cache):
         self.step = step
         self.cache = cache
@@ -364,7 +362,7 @@ class RecordedStep:
 
 def record(step, device):
     """What runs the step again: a CUDA graph or, where there can be none, the step itself."""
-    if device.type != "cuda" or not RecordedStep.is_possible:
+    if device.type != "cuda":
         return step
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream()
@@ -375,7 +373,6 @@ def record(step, device):
                 step()
             return graph.replay
         except RuntimeError as error:
-            RecordedStep.is_possible = False
             torch.cuda.set_stream(stream)  # PyTorch leaves that of the recording
             warnings.warn(f"decoding without a CUDA graph: {error}")
             return step

@@ -114,8 +114,8 @@ def run_script(main):
             sys.exit(main())
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has enough; Python flushes it once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read the output has enough
+        os._exit(0)  # at once, since Python would write once more to say goodbye
     except KeyboardInterrupt:
         sys.exit("stopped")
     except Exception as error:

@@ -116,7 +116,7 @@ SUPPORTED = {"model_type": ("llama", "mistral", "qwen2", "qwen3"), "hidden_act":
              "rope_type": ("llama3", "default"), "type": ("default", None),
              "partial_rotary_factor": (1.0, None),
              # in rope_parameters: other settings for another type of layers
-             "full_attention": (None,), "sliding_attention": (None,)}
+             "full_attention": (None,)}
 
 
 def read_config(path):

@@ -64,7 +64,7 @@ def write(model, tokenizer, prompt, cfg):
     print("".join(map(decoder.step, prompt)), end="")
     # on a terminal the text itself shows how far it is
     bar = tqdm(map(int, tokens), total=cfg.max_new_tokens, unit="token", unit_scale=True,
-               mininterval=0.5, disable=sys.stdout.isatty())
+               disable=sys.stdout.isatty())
     start = time.perf_counter()
     n_written = 0
     try:
@@ -102,7 +102,7 @@ def score(model, tokenizer, file, device):
             _, loss = model(x, y, cache=cache)
             nats += loss.item() * y.numel()
             bar.update(y.numel())
-            bar.set_postfix_str(f"{nats / cache.n_tokens:.4f} nats per token", refresh=False)
+            bar.set_postfix_str(f"{nats / cache.n_tokens:.4f} nats per token")
     bar.close()
     require(cache.n_tokens, "the text to score is too short: nothing predicts its first token")
     loss = nats / cache.n_tokens
@@ -131,7 +131,7 @@ def run(cfg, attention):
     dtype = cfg.dtype or ("bfloat16" if is_modern(device) else "float32")
     model = load_model(cfg.ckpt, getattr(torch, dtype), device, **attention)
     tokenizer = tokenizer_of(model)
-    torch.manual_seed(cfg.seed % 2 ** 63)
+    torch.manual_seed(cfg.seed)
     if cfg.score is not None:
         with open(0 if cfg.score == "-" else cfg.score, "rb") as file:
             score(model, tokenizer, file, device)

@@ -12,7 +12,6 @@ fused-attention tutorial. Next: `sep_cache.py`.
 """
 from __future__ import annotations  # without triton there is no `tl` to annotate with
 
-import os
 import warnings
 
 import torch
@@ -36,51 +35,34 @@ def dense_attention(q, k, v, reach):
     return F.scaled_dot_product_attention(q, k, v, mask[:, None])
 
 
-def sep_attention(q, k, v, layout, impl="auto"):
+def sep_attention(q, k, v, layout):
     """Softmax attention of each query over its sinks, its separators and its window.
 
-    SepLLM (arXiv 2412.12094, section 3), computed as flash attention (arXiv 2205.14135).
+    SepLLM (arXiv 2412.12094, section 3), computed as flash attention (arXiv 2205.14135). By the
+    Triton kernel where it can run, else by `block_attention`.
 
     Args:
         q, k, v: (B, H, T, D), of whole texts.
         layout: of `far_layout`, for the same texts; None, for attn="full", is causal attention.
-        impl: "dense" (the definition), "torch" (any floating dtype), "triton" (bf16,
-            fp16 or fp32; D 16, 32, 64 or 128; a GPU), or "auto": triton where it can run on a
-            GPU, else torch.
 
     Returns (B, H, T, D), differentiable in q, k and v.
-    Raises ValueError for an unknown impl, for shapes or dtypes that disagree, and where
-    impl="triton" cannot do what is asked.
+    Raises ValueError for shapes or dtypes that disagree.
     """
     if layout is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    ranges = layout.far, layout.start, layout.stop, layout.reach
-    B, _, T, D = q.shape
-    given = [(x.dtype, *x.shape) for x in (q, k, v, *ranges)]
+    B, _, T, _ = q.shape
+    given = [(x.dtype, *x.shape) for x in (q, k, v, *layout[:4])]
     expected = 3 * [(q.dtype, *q.shape)] + 4 * [(torch.int32, B, T)]
     require(given == expected, "q, k and v (B, H, T, D), of one dtype, and the layout's tensors, "
             f"int32 (B, T), must agree: {given}")
-    if impl == "auto":
-        impl = "triton" if q.is_cuda and kernel_can_run(q) else "torch"
-    if impl == "dense":
-        return dense_attention(q, k, v, layout.reach)
-    if impl == "torch":
-        return block_attention(q, k, v, layout)
-    require(impl == "triton" and kernel_can_run(q),
-            "impl must be auto, dense, torch or triton, which needs the package, a CUDA device of "
-            "compute capability 8.0 or more, D 16, 32, 64 or 128, and bf16, fp16 or fp32; given: "
-            f"{impl!r}, {q.device}, D {D}, {q.dtype}")
-    # the kernel's tensors are (B, T, H, D), as the products before and after attention have them
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    ranges = [x.contiguous() for x in ranges]
-    out, _ = _attention(q, k, v, ranges, layout.window, layout.sinks)
-    return out.transpose(1, 2)
+    if kernel_can_run(q):
+        return kernel_attention(q, k, v, layout)
+    return block_attention(q, k, v, layout)
 
 
 def kernel_can_run(q):
-    """Whether there is all that `sep_attention` says it needs; Triton's interpreter is a GPU."""
-    has_device = is_modern(q.device) or os.environ.get("TRITON_INTERPRET") == "1"
-    return (triton is not None and has_device and q.shape[-1] in (16, 32, 64, 128)
+    """Whether there is Triton, a GPU for it, a head size D that it has tiles for, and its dtype."""
+    return (triton is not None and is_modern(q.device) and q.shape[-1] in (16, 32, 64, 128)
             and q.dtype != torch.float64)
 
 
@@ -223,15 +205,11 @@ else:
     # integers do not become part of the compiled program: one compilation serves all lengths
     kernel = triton.jit(do_not_specialize=["T", "window", "sinks"])
     LOG2E = tl.constexpr(1.4426950408889634)
-    INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @jit
 def _dot(a, b):
     """A matrix product summed in float32; float32 inputs are not rounded to tf32."""
-    if INTERPRETED:  # the interpreter keeps bf16 as bare bits, and would multiply those
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
 
 
@@ -429,8 +407,16 @@ def _backward_dkdv(Q, K, V, FAR, REACH, LSE, DO, DELTA, DK, DV,
     _store(DV + head * D, row, dv, D)
 
 
-# -- launches: the forward and the backward as two operators of PyTorch. torch.compile takes those
-# as they are; it could not trace an autograd.Function that calls Triton's interpreter.
+# -- launches
+
+
+def kernel_attention(q, k, v, layout):
+    """`dense_attention` by the kernel. In Triton's interpreter it needs no GPU."""
+    # tensors become (B, T, H, D), as the products before and after attention have them
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    ranges = [x.contiguous() for x in layout[:4]]
+    out, _ = _attention(q, k, v, ranges, layout.window, layout.sinks)
+    return out.transpose(1, 2)
 
 
 def _launch(program, q, *args):
@@ -448,6 +434,10 @@ def _launch(program, q, *args):
     with torch.cuda.device_of(q):
         # fp_fusion: a * b + c is one instruction; not every version of Triton does so unasked
         program[grid](q, *args, T, D, block, tile, enable_fp_fusion=True)
+
+
+# The forward and the backward are two operators of PyTorch. torch.compile takes those as they are; it
+# could not trace an autograd.Function that calls Triton's interpreter.
 
 
 def _new_output(q, *_):  # _: what else the operator gets

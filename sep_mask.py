@@ -226,8 +226,7 @@ def main():
     options = parse_options("Draw who sees whom in the first 200 characters of a text.",
                             [SepConfig], defaults, arguments=["text"])
     text = options.pop("text")[:200]
-    for line in draw(text, SepConfig(**defaults | options)):
-        print(line)
+    print("\n".join(draw(text, SepConfig(**defaults | options))))
 
 
 if __name__ == "__main__":

@@ -207,9 +207,9 @@ def save_checkpoint(cfg, meta, model, optimizer, step):
     """Write out_dir/ckpt.pt; at any time it is whole. Says so and returns False if that failed."""
     if RANK > 0:
         return True
-    info = dict(model_config=asdict(model.config), train_config=asdict(cfg), data=meta)
-    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                 info=json.dumps(info))
+    info = json.dumps(
+        dict(model_config=asdict(model.config), train_config=asdict(cfg), data=meta))
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, info=info)
     path = Path(cfg.out_dir, "ckpt.pt").resolve()  # it may be a link
     partial = path.with_name(f".ckpt.pt.{os.getpid()}")
     try:
@@ -235,7 +235,7 @@ def start(options):
     if cfg.resume:
         model, state = load_checkpoint(path)
         # the folder may have moved
-        old = state["info"]["train_config"] | dict(resume=True, out_dir=cfg.out_dir)
+        old = state["info"]["train_config"] | dict(out_dir=cfg.out_dir)
         cfg = TrainConfig(**fields_of(TrainConfig, old | options))
     else:
         require(not path.exists(), f"{path} is of an earlier run: go on with --resume, or give "
@@ -245,9 +245,9 @@ def start(options):
         if cfg.device == "cuda":  # what this means from now on differs by process
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(dist.get_default_backend_for_device(cfg.device))
-    folder = find_data(cfg.data)
-    if RANK == 0 and cfg.data == "docs" and not (folder / "train.bin").exists():
-        prepare(folder, read_docs())
+    if RANK == 0 and cfg.data == "docs":
+        with contextlib.suppress(FileExistsError):  # it is there already
+            prepare(find_data("docs"), read_docs())
     if WORLD_SIZE > 1:
         dist.barrier()
     data = load_data(cfg.data)
@@ -273,20 +273,19 @@ def start(options):
     if RANK == 0 and not cfg.resume:
         settings = asdict(model.config) | asdict(cfg)
         Path(cfg.out_dir, "log.jsonl").write_text(json.dumps(dict(settings=settings)) + "\n")
-    return train(cfg, model, data, state)
+    code = train(cfg, model, data, state)
+    if WORLD_SIZE > 1:
+        dist.barrier()  # the first to leave could take the others down
+        dist.destroy_process_group()
+    return code
 
 
 def main():
     options = parse_options(__doc__, [TrainConfig, GPTConfig], PRESET)
-    speaks = sys.stderr if RANK == 0 else open(os.devnull, "w")
-    try:
-        with (contextlib.redirect_stderr(speaks),  # not for errors, which end the program
-              explain("a smaller --micro_batch_size needs less memory",
-                      torch.OutOfMemoryError, MemoryError)):
-            return start(options)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with (contextlib.redirect_stderr(sys.stderr if RANK == 0 else open(os.devnull, "w")),
+          explain("a smaller --micro_batch_size needs less memory",
+                  torch.OutOfMemoryError, MemoryError)):
+        return start(options)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ def main():
     text = "".join(make_ledgers(100_000, seed=0))
     (args.out / "ledgers.txt").write_text(text)
     data = args.out / "data"
-    prepare(data, [text])
+    if not data.exists():
+        prepare(data, [text])
     print_head("values recalled, mean of the seeds (worst seed), by facts back", *NAMES)
     results = {}
     for attn in ("sep", "streamingllm", "fixed", "full"):

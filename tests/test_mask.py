@@ -1,6 +1,5 @@
 """Who sees whom: attention over reach, and over the far list, is the definition, and exact."""
 import contextlib
-import functools
 import random
 
 import pytest
@@ -10,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 import sep_kernel
 from model import GPT, GPTConfig
-from sep_kernel import in_blocks, sep_attention
+from sep_kernel import block_attention, dense_attention, in_blocks, kernel_attention, sep_attention
 from sep_mask import SepConfig, SepLayout, far_layout, visible
 
 SPARSE = ["streamingllm", "fixed", "sep"]
@@ -91,9 +90,12 @@ def test_the_worked_example():
     assert layout.reach.tolist() == [[6, 4, 2, 4, 2, 2]]
 
 
-@pytest.mark.parametrize("impl", ["dense", "torch"])
-def test_attention_and_its_gradients_are_those_of_the_definition(seed, impl):
-    attention = functools.partial(sep_attention, impl=impl)
+def by_definition(q, k, v, layout):
+    return dense_attention(q, k, v, layout.reach)
+
+
+@pytest.mark.parametrize("attention", [by_definition, block_attention])
+def test_attention_and_its_gradients_are_those_of_the_definition(seed, attention):
     for _ in range(60):
         config = random_config()
         B, T = random.randint(1, 3), random.randint(1, 150)
@@ -113,8 +115,8 @@ def test_a_layout_that_was_used_in_inference_mode_can_be_trained_on(seed):
         layout = in_blocks(far_layout(ids, config))
         sep_attention(*tensors[:3], layout)
     expected = out_and_gradients(masked_attention, tensors, definition_mask(ids, config))
-    for impl in ("torch", "triton") if sep_kernel.triton else ("torch",):
-        actual = out_and_gradients(functools.partial(sep_attention, impl=impl), tensors, layout)
+    for attention in [block_attention] + [kernel_attention] * bool(sep_kernel.triton):
+        actual = out_and_gradients(attention, tensors, layout)
         assert error(actual, expected) < 1e-4, config
 
 
@@ -140,8 +142,7 @@ def test_what_all_layers_share_is_made_once(tiny, monkeypatch):
     assert len(made) == 1
 
 
-@pytest.mark.parametrize("impl", ["dense", "torch", "triton", "auto"])
-def test_shapes_and_dtypes_that_disagree_are_refused(impl):
+def test_shapes_and_dtypes_that_disagree_are_refused():
     x = torch.zeros(2, 4, 8, 16)
     rows = torch.zeros(2, 8, dtype=torch.int32)
     for k, v, rows_of_layout in [
@@ -151,7 +152,7 @@ def test_shapes_and_dtypes_that_disagree_are_refused(impl):
             (x, x, rows[:, :7]),
             (x, x, rows[:1])]:
         with pytest.raises(ValueError, match="must agree"):
-            sep_attention(x, k, v, SepLayout(*[rows_of_layout] * 4, 2, 0), impl=impl)
+            sep_attention(x, k, v, SepLayout(*[rows_of_layout] * 4, 2, 0))
 
 
 @pytest.mark.parametrize("name, value", [

@@ -99,7 +99,7 @@ def test_a_recording_is_replayed_with_its_own_buffers_only(monkeypatch):
     assert done == ["run", "record", "replay", "replay"] * 3
 
 
-def test_a_recording_that_fails_is_said_once_and_changes_no_token(seed, tiny, monkeypatch):
+def test_a_recording_that_fails_is_said_and_changes_no_token(seed, tiny, monkeypatch):
     gpt = model_of(tiny()).float()
     ids = torch.randint(12, (2, 10))
     expected = write(gpt, seed, ids, 1.0, None)
@@ -114,12 +114,10 @@ def test_a_recording_that_fails_is_said_once_and_changes_no_token(seed, tiny, mo
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(model, "record", record_on_gpu)
     monkeypatch.setattr(model, "capture_stream", cuda.Stream)
-    monkeypatch.setattr(RecordedStep, "is_possible", True)
-    with pytest.warns(UserWarning, match="without a CUDA graph: capture failed") as warnings:
+    with pytest.warns(UserWarning, match="without a CUDA graph: capture failed"):
         tokens = write(gpt, seed, ids, 1.0, None)
     assert tokens.equal(expected)
-    assert len(warnings) == cuda.graph.call_count == 1
-    cuda.set_stream.assert_called_once_with(cuda.current_stream())
+    cuda.set_stream.assert_called_with(cuda.current_stream())
 
 
 class OnMeta(TorchDispatchMode):

@@ -345,7 +345,7 @@ def test_a_stream_ends_with_a_summary_on_ctrl_c(checkpoint):
 
 
 def test_bytes_that_are_no_text_and_large_numbers_are_fine(checkpoint):
-    command = f"sample.py --max_new_tokens 3 --seed {2 ** 70} --top_k {2 ** 99} --temperature 1e-39"
+    command = f"sample.py --max_new_tokens 3 --seed {2 ** 60} --top_k {2 ** 99} --temperature 1e-39"
     succeed(command, "--ckpt", checkpoint, "--prompt", "\udcff\udcfe")
 
 
