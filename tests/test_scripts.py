@@ -305,7 +305,7 @@ def test_a_model_that_has_become_broken_ends_a_sample_with_a_sentence(checkpoint
 def test_weights_may_have_another_dtype(checkpoint):
     perplexities = []
     for dtype in ("float32", "bfloat16", "float16"):
-        out, _ = succeed("sample.py --device cpu --dtype", dtype, "--score", ROOT / "LICENSE",
+        out, _ = succeed(f"sample.py --device cpu --dtype {dtype}", "--score", ROOT / "LICENSE",
                          "--ckpt", checkpoint)
         perplexities.append(float(out.split()[-1]))
     assert max(perplexities) < 1.05 * min(perplexities) and len(set(perplexities)) > 1
@@ -380,7 +380,7 @@ def test_a_mistake_in_the_code_is_a_sentence_with_its_place_or_a_traceback(train
         run_script(train_here)
     monkeypatch.setattr(sys, "flags", SimpleNamespace(dev_mode=True))
     with pytest.raises(TypeError):
-        run_script(train_here)
+        run_script(wrong)
 
 
 @pytest.mark.parametrize("stderr", ["2>&-", "2>&1 | true", "2>/dev/full"])
