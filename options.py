@@ -7,12 +7,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import traceback
 
 
 def option(default, help=None, minimum=None):
-    """A dataclass field that is also, with a help text, a command line option.
+    """A dataclass field with this default. With a help text it is also a command line option.
 
     minimum: the least value that `check_minima` accepts.
     """
@@ -29,11 +30,14 @@ def check_minima(config):
 
 
 def parse_options(description, config_classes, defaults={}, shown={}, arguments=()):
-    """What the command line gives, {name: value}: options are the fields made by `option`.
+    """What the command line gives: {name: value} of the options that stand there.
 
-    defaults: {name: value}, where it is not the field's; shown: {name: what the help says instead};
-    arguments: names of what must be given. What argparse or the config classes refuse ends the
-    program with the usage, one sentence and exit code 2.
+    The options are the fields of config_classes that have a help text. arguments: names of what
+    must be given besides. defaults: {name: value} where it is not the field's own default. shown:
+    {name: text} where the help shows something else as the default.
+
+    What argparse or a config class refuses ends the program: with the usage, one sentence and exit
+    code 2.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,5 +131,5 @@ def run_script(main):
             ours = [f"{frame.filename}:{frame.lineno}"
                     for frame in traceback.extract_tb(error.__traceback__)
                     if "lib/python" not in frame.filename]
-            sentence += f" ({ours[-1]}; for the way there: python -X dev {' '.join(sys.argv)})"
+            sentence += f" ({ours[-1]}; for the way there: python -X dev {shlex.join(sys.argv)})"
         sys.exit(f"error: {sentence}")

@@ -99,8 +99,11 @@ def train(cfg, model, data, state=None):
         network = torch.compile(model)
 
     def parts_of_loss(tokens, batch_seed):
-        """The mean loss of a batch, in parts that add up to it: one for each micro-batch of each
-        process. batch_seed: (0, cfg.seed, step) or, in a validation, (1, 0, number of the batch)"""
+        """The mean loss of a batch, in parts that add up to it over all processes: one part for
+        each micro-batch of this one.
+
+        batch_seed: (0, cfg.seed, step) or, in a validation, (1, 0, number of the batch).
+        """
         rng = np.random.default_rng(batch_seed)
         x, y = (part[RANK::WORLD_SIZE].to(device)
                 for part in get_batch(tokens, cfg.batch_size, block_size, rng))
@@ -234,7 +237,7 @@ def start(options):
     state = None
     if cfg.resume:
         model, state = load_checkpoint(path)
-        # the folder may have moved
+        # options come before what the run began with; and its folder may have moved
         old = state["info"]["train_config"] | dict(out_dir=cfg.out_dir)
         cfg = TrainConfig(**fields_of(TrainConfig, old | options))
     else:
@@ -266,7 +269,9 @@ def start(options):
                 "model's tokenizer")
     else:
         torch.manual_seed(cfg.seed)
+        # options come before the preset, and what the data says before both
         model = GPT(GPTConfig(**fields_of(GPTConfig, PRESET | options | meta)))
+    # a model that was loaded may have another shape or attention than the options ask for
     asked = fields_of(GPTConfig, options)
     require(replace(model.config, **asked) == model.config,
             f"the model has settled its shape and attention, and not all of them are {asked}")
