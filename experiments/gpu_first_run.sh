@@ -57,7 +57,7 @@ same = torch.equal(write(and_ask), plain)
 print('the same tokens after recordings that failed:', same)"
 }
 
-which_sdpa() {  # the operator behind scaled_dot_product_attention over a cache's rows, and its error
+which_sdpa() {  # the operator of attention over the rows of a cache, and its error
     "$python" -c "
 import torch
 from torch.profiler import ProfilerActivity, profile

@@ -91,7 +91,7 @@ def attention(cases=((256, 16, 32, 16), (4096, 1, 64, 64), (16384, 1, 256, 512))
 
 
 def ours(model, ids, how):
-    """Seconds of reading the prompts ids (B, T), and of writing N tokens, the median of three times.
+    """Seconds of reading the prompts ids (B, T), and of writing N tokens, the median of three.
 
     The 2 N tokens before do not count: it compiles, records, and finds how many rows it needs.
     """
