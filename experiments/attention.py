@@ -95,7 +95,7 @@ def print_table(results):
 def draw_heads(results):
     shown = [(COLUMNS[i], results[i].mean(0).T) for i in (0, 1, 4)]  # (H, layers)
     figure, axes = new_figure(len(shown), height=2.1, sharex=True)
-    for ax, (name, values) in zip(axes, shown, strict=True):
+    for ax, (name, values) in zip(axes, shown):
         if "lift" in name:
             mesh = ax.pcolormesh(values, cmap="RdBu_r", norm=LogNorm(1 / 8, 8))
             bar = figure.colorbar(mesh, ax=ax, ticks=[1 / 8, 1 / 2, 1, 2, 8], format="%g")

@@ -70,7 +70,7 @@ class NanoSep(TemplateLM):
         """What `read` says of each continuation. requests: (anything, context, continuation)."""
         answers = []
         last_context = None  # what the cache has read: the choices of a question share it
-        for _, context, continuation in tqdm(requests, "likelihoods"):
+        for _, context, continuation in tqdm(requests):
             if context != last_context:
                 cache = self.model.new_cache()
                 self.read(cache, context)
@@ -85,7 +85,7 @@ class NanoSep(TemplateLM):
         return [nats for nats, _ in self._loglikelihood_tokens(whole)]
 
     def generate_until(self, requests):
-        return [self.answer(*request.args) for request in tqdm(requests, "answers")]
+        return [self.answer(*request.args) for request in tqdm(requests)]
 
     def answer(self, prompt, settings):
         """The text that follows the prompt, up to a stop word."""
@@ -100,7 +100,7 @@ class NanoSep(TemplateLM):
             if has_stop_word or new_ids[-1] in self.tokenizer.special_ids:
                 break
         for word in settings["until"]:
-            text, *_ = text.split(word)
+            text = text.split(word)[0]
         return text
 
 
@@ -114,7 +114,7 @@ def main():
     model = load_model(args.model, getattr(torch, args.dtype), args.device, **attention)
     results = lm_eval.simple_evaluate(
         NanoSep(model), tasks=args.tasks.split(","), limit=args.limit or None,
-        num_fewshot=None if args.num_fewshot < 0 else args.num_fewshot, log_samples=False,
+        num_fewshot=None if args.num_fewshot < 0 else args.num_fewshot,
         task_manager=lm_eval.tasks.TaskManager(include_path=args.include_path or None))
     print(lm_eval.utils.make_table(results))
 

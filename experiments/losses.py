@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from common import new_parser, read_log
-from plotting import new_figure, write_svg
+from plotting import new_figure
 
 
 def read_settings(run):
@@ -26,18 +26,19 @@ def main():
     args = parser.parse_args()
     settings = [read_settings(run) for run in args.runs]
     figure, axes = new_figure()
-    for run, own in zip(args.runs, settings, strict=True):
+    for run, own in zip(args.runs, settings):
         train = read_log(run, "loss")
         val = read_log(run, "val_loss")
-        smooth = np.convolve(list(train.values()), np.ones(10) / 10, "valid")
-        line, = axes.plot(list(train)[9:], smooth, linewidth=0.8)
+        n = min(10, len(train))
+        smooth = np.convolve(list(train.values()), np.ones(n) / n, "valid")
+        line, = axes.plot(list(train)[n - 1:], smooth, linewidth=0.8)
         differing = [f"{name} {value}" for name, value in own.items() if name != "out_dir"
                      and any(other.get(name, value) != value for other in settings)]
         axes.plot(val.keys(), val.values(), "o", color=line.get_color(),
                   label=", ".join([str(run), *differing]))
     axes.set(xlabel="step", ylabel="loss, nats per token", yscale="log")
-    figure.legend(loc="outside lower center", framealpha=0)
-    write_svg(figure, args.out)
+    axes.legend(framealpha=0)
+    figure.savefig(args.out, transparent=True)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,4 @@ def new_figure(rows=1, height=3.4, **options):
 def save_figure(figure, name):
     folder = Path(__file__).resolve().parent / "figures"
     folder.mkdir(exist_ok=True)
-    write_svg(figure, folder / f"{name}.svg")
-
-
-def write_svg(figure, path):
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    figure.savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
