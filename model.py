@@ -147,7 +147,7 @@ def cached_attention(q, k, v, mask, q_sink=None, sinks=0):
     """Softmax attention of new queries over the rows of a cache.
 
     q, q_sink (B, H, T, D); k, v (B, H_kv, M, D), shared by G = H / H_kv neighbouring heads; mask of
-    the cache's `advance`, (B, 1, G T, M). With q_sink, it and not q scores the first `sinks` rows.
+    the cache's `advance`, (B, 1, G T, M). q_sink, if given, scores the first `sinks` rows.
     Returns (B, H, T, D).
     """
     B, H, T, D = q.shape
@@ -248,6 +248,7 @@ class GPT(nn.Module):
         with no number read back. So it can be compiled, or recorded as a CUDA graph."""
         config = self.config
         layout = mask = sink_cos_sin = None
+        x = self.embed_tokens(ids)  # (B, T, C)
         if cache is not None:
             positions, mask = cache.advance(ids)
         else:
@@ -256,7 +257,6 @@ class GPT(nn.Module):
             if not is_modern(ids.device):
                 layout = in_blocks(layout)  # here, so that not every layer does it
 
-        x = self.embed_tokens(ids)  # (B, T, C)
         frequencies = rope_frequencies(config, ids.device)
         cos_sin = rope_cos_sin(positions, frequencies, x.dtype)
         if cache is not None and cache.past_horizon:
@@ -312,7 +312,7 @@ class GPT(nn.Module):
 def sample_token(logits, temperature, top_k):
     """Sample token ids (B,) from logits (B, V), without a word from the device to the host.
 
-    An id is -1 where logits are not finite.
+    An id is -1 where a logit is NaN or infinite.
     """
     if temperature > 0:
         if top_k is not None:
@@ -338,7 +338,7 @@ class RecordedStep:
         | all later ones   | are replayed                                                   |
         | with new buffers | runs as the first did, and everything begins again             |
 
-    It begins again once more when the text passes block_size, since then sinks are scored apart.
+    So it does when the text passes block_size, since from then on sinks are scored apart.
     Elsewhere than on a GPU every step runs.
     """
     def __init__(self, step, cache):

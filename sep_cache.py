@@ -45,14 +45,15 @@ class SepCache:
     Costs for a text of T tokens, with w = window, and c = the most other tokens that are visible at
     once, sinks + max_seps or, where that is less, sinks + block_size - window:
 
-        |                   | full    | sep, streamingllm, fixed |
-        | training, prefill | T^2 / 2 | T (w + c) at most        | visible pairs of query and key
-        | decoding          | T       | w + c at most            | visible keys of a token
-        | cache             | T       | w + c at most            | rows, and spare ones
+        |          | full    | sep, streamingllm, fixed |
+        | training | T^2 / 2 | T (w + c) at most        | visible pairs of query and key
+        | decoding | T       | w + c at most            | visible keys of a token
+        | cache    | T       | w + c at most            | rows, and spare ones
 
-    Buffers have a row for each visible key, a quarter more, and rows for the new chunk (16 or
-    more), up to the next multiple of 64: with 52 visible keys, decoding takes 128. They are
-    replaced only where they are too small, or more than twice as large as that.
+    New buffers have a row for each visible key, a quarter more, and rows for the new chunk (16 or
+    more), up to the next multiple of 64: while decoding with 52 visible keys, 128. Buffers are
+    replaced where they are too small, or more than twice as large as new ones. Attention is dense
+    over all rows, so a chunk of a prompt costs its tokens times these.
 
     With attn="full" no row is ever hidden, so nothing is dropped, and the cache grows.
     """
@@ -61,7 +62,7 @@ class SepCache:
     def __init__(self, config, batch_size=1, device=None, dtype=None):
         self.config = config
         self.separators = torch.tensor(config.separators, device=device)
-        # known to the host, as upper bounds: tokens count as soon as room is made for them
+        # upper bounds, for the host: make_room counts tokens before they are read
         self.n_rows = 0  # in use
         self.n_tokens_asked = 0
         self.past_horizon = False  # whether some distance is block_size or more
@@ -83,7 +84,7 @@ class SepCache:
 
     @property
     def row_visible(self):
-        """Which rows the latest query sees, (B, M) bool; no later query sees any other of them."""
+        """Which rows the latest query sees, (B, M) bool. Later queries see no others of these."""
         return self._visible_rows(self.next_position - 1)[:, 0]
 
     def _visible_rows(self, positions):
@@ -106,9 +107,10 @@ class SepCache:
         """Who sees whom, for new tokens ids (B, T).
 
         Returns their positions (T,) and a mask over the M rows that `update` returns: 0 where a
-        query sees a row, else -inf. The mask is (B, 1, G T, M): the T queries come once for each of
-        the G = n_head / n_kv_head heads that share keys. Give long texts in chunks, say of 512
-        tokens, since the mask is so large. RuntimeError if B is not the cache's batch size.
+        query sees a row, else -inf. The mask is (B, 1, G T, M): the T queries are repeated for each
+        of the G = n_head / n_kv_head heads that share a head of keys. Give long texts in chunks,
+        say of 512 tokens, since the mask is so large. RuntimeError if B is not the cache's batch
+        size.
         """
         _, T = ids.shape
         offset = torch.arange(T, device=ids.device)

@@ -81,8 +81,8 @@ BLOCK = 64  # queries; larger blocks share more keys, and mask more of them
 
 
 def block_attention(q, k, v, layout):
-    """`dense_attention` in time and memory linear in T, as long as max_seps or block_size bounds
-    what a query sees.
+    """`dense_attention` in time and memory linear in T, as long as max_seps bounds what a query
+    sees.
 
     The queries are cut into blocks. A block's keys are [sinks | its range of the far list | its
     windows' rows], gathered for all blocks at once and padded to the longest; then each block is
@@ -194,8 +194,8 @@ def in_blocks(layout):
 # The ends. A text need not fill its last block or its last tile. An index past the end is replaced
 # by the last one that there is, and loads and stores need no mask. With 5 keys and blocks of 4, the
 # second program owns the entries 4 4 4 4 of far: it computes one key four times, and stores the
-# same numbers four times. Queries are counted from the end, so there the last one is row 0. In a
-# tile such a key or query is masked like any other that is not seen.
+# same numbers four times. Queries are counted from the end: past it they become row 0. In a tile
+# such a key or query is masked like any other that is not seen.
 
 if triton is None:
     jit = staticmethod  # decorators that do nothing: no function below can be called
@@ -266,8 +266,9 @@ def _over_keys(step: tl.constexpr, sums, of_queries, K, V, FAR, START, STOP, REA
         | some queries see these  | all see these      | whole tiles, which need no mask  |
         |                      loop 2                  |             loop 1               |
 
-    The sinks are entries left of these, and are taken at the end of loop 2. What has left the
-    window of a later query only is among the rows of loop 3, and its reach says that it is seen.
+    The sinks lie left of these. Loop 2 takes them last, numbered from masked_stop on. What has left
+    the window of a later query only is among the rows of loop 3, and its reach says that it is
+    seen.
     """
     K += head * D
     V += head * D

@@ -9,7 +9,7 @@ The idea: **every key has a reach**. The query at position i sees the key at pos
     0 <= i - j < reach[j]
 
 This is the whole mask. An ordinary token reaches over the window. A sink reaches to the end. A
-separator reaches until `max_seps` newer ones have left the window, and at most to `block_size`.
+separator reaches until `max_seps` newer ones have left the window, for at most `block_size` queries.
 
 Training texts have at most `block_size` tokens, so this last bound acts in streams only. To show it
 in six lines, the example has a block_size that is shorter than the text. It is the stream `a,b.cd`
@@ -105,7 +105,7 @@ def key_reach(kept, positions, config):
     The last term is the rule of max_seps. Separator e + max_seps leaves the window at the query
     p_(e + max_seps) + window. From this query on, the max_seps separators after e are the latest.
 
-    No query before a separator depends on it. That is why the M rows may be a whole text, or what a
+    A separator changes nothing for queries before it. So the M rows may be a whole text, or what a
     cache holds of one. The positions of kept rows ascend. A row at a negative position holds no
     token: it counts as a sink, and is further away than any reach.
     """
@@ -134,8 +134,8 @@ class SepLayout(NamedTuple):
     saves little. But the kept tokens, written into a list, become neighbours:
 
     far (B, T): all rows of the text in another order. First come the kept tokens, oldest first, so
-        the sinks lead: this part is the *far list*. Then come all others, the latest first. No
-        query looks for those in far; the backward pass takes its keys in this order.
+        the sinks lead: this part is the *far list*. Then come all others, the latest first.
+        Queries do not use these. The backward pass takes all keys in the order of far.
     start, stop (B, T): what query t sees beyond its window is two ranges of far, the sinks
         [0, min(sinks, stop)) and the separators [start, stop)
     reach (B, T): of each row, at most T
@@ -186,8 +186,8 @@ def far_layout(ids, config, separators=None):
     stop = F.pad(n_kept, (window, 0))[:, :T]  # stop[t] = n_kept[t - window], before that 0
     # start[t]: how many entries of the far list end at or before t. The ends of separators ascend,
     # as the positions do that they are made of, so a binary search counts them. The sinks have a
-    # range of their own. Their end is set to 0, so this range begins behind them. They count from
-    # query 0 on, though they are still in its window: hence the minimum.
+    # range of their own. With end 0 they always count, so start lies behind them. While they are
+    # still in the window, that is too far: hence the minimum.
     end = torch.where(index < sinks, 0, index + reach)  # the first query that sees no more
     is_in_list = index < n_kept[:, -1:]
     end = end.gather(1, far).where(is_in_list, FOREVER)

@@ -99,8 +99,8 @@ def train(cfg, model, data, state=None):
         network = torch.compile(model)
 
     def parts_of_loss(tokens, batch_seed):
-        """The mean loss of a batch, in parts that add up to it over all processes: one part for
-        each micro-batch of this one.
+        """The parts of a batch's mean loss, one for each micro-batch of this process. Over all
+        processes they add up to it.
 
         batch_seed: (0, cfg.seed, step) or, in a validation, (1, 0, number of the batch).
         """
@@ -245,7 +245,7 @@ def start(options):
                 "another --out_dir")
         os.makedirs(cfg.out_dir, exist_ok=True)
     if WORLD_SIZE > 1:
-        if cfg.device == "cuda":  # what this means from now on differs by process
+        if cfg.device == "cuda":  # each process has its own
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(dist.get_default_backend_for_device(cfg.device))
     if RANK == 0 and cfg.data == "docs":

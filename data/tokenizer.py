@@ -74,7 +74,7 @@ class Tokenizer:
         """The ids of the tokens whose text, spaces aside, consists of these characters only.
 
         The paper lists a few by hand for Llama 3, single and double spaces among them. This rule
-        leaves the spaces out, and adds such as "..." and, often the end of a paragraph, ".\\n\\n".
+        leaves the spaces out, and adds "..." and ".\\n\\n", often the end of a paragraph.
         """
         texts = [self.decode([token_id]).strip(" ") for token_id in range(self.vocab_size)]
         return tuple(i for i, text in enumerate(texts)
