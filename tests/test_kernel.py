@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny
 from test_mask import definition_mask, error, masked_attention, out_and_gradients, random_config
 from torch import library
 
@@ -55,7 +56,7 @@ def random_case(dtype, head_sizes=(16, 32, 64, 128), longest=250):
     # in the interpreter, NumPy would multiply the bare bits
     pytest.param(torch.bfloat16, 24, marks=pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")),
 ])
-def test_output_and_gradients_equal_float64(seed, dtype, cases):
+def test_output_and_gradients_equal_float64(dtype, cases):
     for _ in range(cases):
         tensors, layout, mask, config = random_case(dtype)
         exact = out_and_gradients(masked_attention, tensors.double(), mask)
@@ -76,7 +77,7 @@ def guarded(x):
     return inside.copy_(x)
 
 
-def test_nothing_outside_of_the_tensors_is_used(seed):
+def test_nothing_outside_of_the_tensors_is_used():
     for _ in range(12):
         tensors, layout, mask, config = random_case(torch.float32, [16], longest=40)
         expected = out_and_gradients(masked_attention, tensors, mask)
@@ -86,7 +87,7 @@ def test_nothing_outside_of_the_tensors_is_used(seed):
         assert error(kernel, expected) < 1e-4, (tensors[0].shape, config)
 
 
-def test_offsets_beyond_2_to_the_31(seed):
+def test_offsets_beyond_2_to_the_31():
     if DEVICE == "cpu" or torch.cuda.mem_get_info()[0] < 50 << 30:
         pytest.skip("needs a GPU with 50 GB")
     T, H = 1 << 19, 80
@@ -100,13 +101,13 @@ def test_offsets_beyond_2_to_the_31(seed):
     assert all(a.equal(b[:, -1:]) for a, b in zip(alone, together, strict=True))
 
 
-def test_torch_library_accepts_the_operator(seed):
+def test_torch_library_accepts_the_operator():
     tensors, layout, *_ = random_case(torch.float32, [16], longest=20)
     q, k, v, _ = (x.transpose(1, 2).contiguous().requires_grad_() for x in tensors)
     library.opcheck(_attention, (q, k, v, list(layout[:4]), layout.window, layout.sinks))
 
 
-def test_a_training_step_compiles_without_graph_break(seed, tiny, monkeypatch):
+def test_a_training_step_compiles_without_graph_break(monkeypatch):
     monkeypatch.setattr(model, "sep_attention", kernel_attention)
     gpt = GPT(tiny(n_embd=32)).to(DEVICE)
     ids = torch.randint(12, (2, 16), device=DEVICE)
@@ -125,7 +126,7 @@ class OnGPU(torch.Tensor):
     device = torch.device("cuda", 0)
 
 
-def test_a_gpu_that_triton_does_not_support_takes_the_pytorch_form(seed, monkeypatch):
+def test_a_gpu_that_triton_does_not_support_takes_the_pytorch_form(monkeypatch):
     (q, k, v, _), layout, *_ = random_case(torch.float32)
     q_on_gpu = q.as_subclass(OnGPU)
     properties = SimpleNamespace(major=8)
@@ -137,7 +138,7 @@ def test_a_gpu_that_triton_does_not_support_takes_the_pytorch_form(seed, monkeyp
     assert out.equal(block_attention(q, k, v, layout))
 
 
-def test_heads_that_share_keys_are_attended_to_as_with_enable_gqa(seed, monkeypatch):
+def test_heads_that_share_keys_are_attended_to_as_with_enable_gqa(monkeypatch):
     q = torch.randn(2, 6, 5, 16)
     k, v = torch.randn(2, 2, 2, 40, 16)
     mask = torch.randn(2, 1, 5, 40)
