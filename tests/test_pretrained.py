@@ -101,8 +101,9 @@ def test_logits_equal_hugging_face(tmp_path, changes):
             assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_a_single_file_comes_before_an_index_and_old_buffers_do_not_matter(tmp_path):
-    weights = save(tmp_path, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_file_comes_before_an_index_and_old_buffers_do_not_matter(tmp_path, dtype):
+    weights = save(tmp_path, dtype=dtype)
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     weight_map = {name: f"{len(name) % 2}.safetensors" for name in weights}
     index = tmp_path / "model.safetensors.index.json"
@@ -111,7 +112,7 @@ def test_a_single_file_comes_before_an_index_and_old_buffers_do_not_matter(tmp_p
         tensors = {name: weights[name] + (weight_map[name] == part) for name in weights}
         safetensors_torch.save_file(tensors, tmp_path / part)
     for offset in (0, 1):  # of the single file, then of the index
-        model = load_model(tmp_path, torch.bfloat16, attn="full")
+        model = load_model(tmp_path, dtype, attn="full")
         # the index names different files for these two
         assert torch.equal(model.lm_head.weight, weights["lm_head.weight"] + offset)
         assert torch.equal(model.norm.weight, weights["model.norm.weight"] + offset)

@@ -222,8 +222,8 @@ def test_ranks_that_another_program_left_behind_do_not_matter_and_bars_are_not_d
         training, out_dir):
     out_dir.mkdir()
     (out_dir / "log.jsonl").write_text("of an earlier run")
-    left = {"RANK": "1", "WORLD_SIZE": "two", "TQDM_DISABLE": "1"}
-    _, err = start("train.py", *training, env=os.environ | left).communicate()
+    _, err = start("train.py", *training, env=os.environ | {
+        "RANK": "1", "WORLD_SIZE": "two", "TQDM_DISABLE": "1"}).communicate()
     assert len(log_of(out_dir)) == 21
     assert err.startswith("validation loss")
 
