@@ -5,6 +5,7 @@ Where there is no GPU, the kernel runs in Triton's interpreter.
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -22,15 +23,15 @@ sys.path.insert(0, str(ROOT))
 TEXT = ("It is a truth universally acknowledged, that a single man in possession of a good "
         "fortune, must be in want of a wife. However little known the feelings may be; this truth "
         "is well fixed!\n") * 40
-# options of a model that trains in a second, everywhere in the same way
-SHAPE = ("--n_layer 1 --n_head 2 --n_embd 16 --window 8 --max_seps 16 --block_size 32 "
-         "--batch_size 4 --micro_batch_size None --learning_rate 3e-3 --warmup_steps 50 "
-         "--eval_every 20 --device cpu --no-compile").split()
+# options of a training that is the same on every machine; with SHAPE it takes a second
+TRAINING = ("--block_size 32 --batch_size 4 --micro_batch_size None --learning_rate 3e-3 "
+            "--warmup_steps 50 --eval_every 20 --device cpu --no-compile").split()
+SHAPE = "--n_layer 1 --n_head 2 --n_embd 16 --window 8 --max_seps 16".split() + TRAINING
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def seed():
-    """The seed of this test, set everywhere: 0, or SEED=n; SEED=random explores.
+    """The seed of each test, set everywhere: 0, or SEED=n; SEED=random explores.
 
     It is printed, so that a failure shows it.
     """
@@ -42,13 +43,12 @@ def seed():
     return value
 
 
-@pytest.fixture
-def tiny():
-    """A GPTConfig small enough for loops in Python, from changes to it."""
+def tiny(**changes):
+    """A GPTConfig small enough for loops in Python."""
     from model import GPTConfig
     settings = dict(block_size=16, vocab_size=12, n_layer=2, n_head=2, n_embd=16, window=5, sinks=2,
                     separators=(1, 2), fixed_every=4)
-    return lambda **changes: GPTConfig(**{**settings, **changes})
+    return GPTConfig(**settings | changes)
 
 
 @pytest.fixture(scope="session")
@@ -75,28 +75,21 @@ def succeed(command, *options):
     return out, err
 
 
-def run(command, *options, **how):
+def run(command, *options):
     """Run a script to its end: (exit code, stdout, stderr).
 
     command: the script, and words that follow the options, so that they count where both set one.
     In a fork of a process that has loaded PyTorch, so that not every script takes two seconds to
-    load it; with settings of `start` in a process of its own.
+    load it.
     """
-    if how:
-        process = start(command, *options, **how)
-        out, err = process.communicate(timeout=300)
-        code = process.returncode
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder, "out"), Path(folder, "err")
-            words = words_of(command, options)
-            process = forks.Process(target=run_in_fork, args=(words, *output))
-            process.start()
-            process.join(timeout=300)
-            code = process.exitcode
-            out, err = (path.read_text() for path in output)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "out"), Path(folder, "err")
+        process = forks.Process(target=run_in_fork, args=(words_of(command, options), *output))
+        process.start()
+        process.join(timeout=300)
+        out, err = (path.read_text() for path in output)
     assert "Traceback" not in err, err
-    return code, out, err
+    return process.exitcode, out, err
 
 
 def words_of(command, options):
@@ -106,7 +99,7 @@ def words_of(command, options):
 
 
 def start(command, *options, **how):
-    """Start a script of the repository, with pipes."""
+    """Start a script as a user does, in a process of its own, with pipes."""
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen([sys.executable, *words_of(command, options)], text=True,
                             preexec_fn=heed_signals, **pipes | how)
@@ -119,16 +112,12 @@ def heed_signals():
 
 
 def run_in_fork(words, *output):
-    """As Python runs a script: it finds modules in the script's folder, which is no package."""
+    """Unlike a process of its own, this one finds our modules from everywhere."""
     for number, path in enumerate(output, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    script = words[0]
-    ours = ROOT, ROOT / "tests"
-    others = [entry for entry in sys.path if Path(entry).resolve() not in ours]
-    sys.path = [os.path.dirname(script), *others]
     sys.argv = words
-    names = {"__name__": "__main__", "__file__": script, "__package__": None}
-    exec(compile(Path(script).read_text(), script, "exec"), names)
+    sys.path.insert(0, os.path.dirname(words[0]))
+    runpy.run_path(words[0], run_name="__main__")
 
 
 # of the scripts that tests start; they wait with their output as they do for users

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, TEXT, run, start, succeed
+from conftest import ROOT, TEXT, start, succeed
 
 from data.loader import get_batch, load_data
 from data.prepare import prepare, read_files
@@ -40,14 +40,6 @@ def test_data_that_is_there_is_not_replaced_even_if_two_runs_begin_at_once(tmp_p
             prepare(tmp_path / "out", texts)
         assert parts(tmp_path / "out") == ["0123456789" * 9, "0123456789"]
         assert os.listdir(tmp_path) == ["out"]
-
-
-@pytest.mark.parametrize("path, sentence", [
-    ("", "No such file"), ("/dev/null", "too little text"),
-    (ROOT / "data/loader.py", "data/loader.py is there already")])  # the whole name, not its stem
-def test_a_text_that_becomes_no_data_is_one_sentence(path, sentence):
-    code, _, err = run("data/prepare.py", "--text", path)
-    assert code == 1 and sentence in err
 
 
 def test_of_a_folder_all_text_is_read_once(tmp_path):
