@@ -1,8 +1,8 @@
 """The GPT: the transformer of Llama and Qwen3, over sinks, separators and a window.
 
 The one idea: training, prefill and decoding are the same `compute`. Without a cache, queries attend
-to the keys of their own text. With a cache, they attend to the keys that the cache returns. Who sees
-whom is worked out once, before the first layer.
+to the keys of their own text. With a cache, they attend to the keys that the cache returns. Who
+sees whom is worked out once, before the first layer.
 
 What is trained from scratch here has the shape of Qwen3; `pretrained.load_model` reads Llama,
 Mistral and Qwen into the same class. Next: `train.py`, or `pretrained.py`.
@@ -220,7 +220,8 @@ class GPT(nn.Module):
     def configure(self, **changes):
         """Change settings that shape no weights, like `attn`. ValueError as in GPTConfig."""
         self.config = dataclasses.replace(self.config, **changes)
-        self.separators = torch.tensor(self.config.separators, device=self.embed_tokens.weight.device)
+        device = self.embed_tokens.weight.device
+        self.separators = torch.tensor(self.config.separators, device=device)
 
     def new_cache(self, batch_size=1):
         """An empty cache for so many texts, on the model's device and of its dtype."""

@@ -184,7 +184,7 @@ def in_blocks(layout):
 #     key 15 i   .  .  .  .  .  .  x                key 10 e   .  .  x  x  x  .  .  .
 #     key 14 h   .  .  .  .  .  x  x                key  8 d   x  x  x  .  .  .  .  .
 #
-# Memory. The grid is (H, blocks, B): a program has one head of one text. All tensors are contiguous.
+# Memory. The grid is (H, blocks, B): a program has one head of one text. Tensors are contiguous.
 #
 #     tensors                       shape           where a program's part begins
 #     Q K V OUT DO DQ DK DV         (B, T, H, D)    row `head`; its next token is H rows further
@@ -437,8 +437,8 @@ def _launch(program, q, *args):
         program[grid](q, *args, T, D, block, tile, enable_fp_fusion=True)
 
 
-# The forward and the backward are two operators of PyTorch. torch.compile takes those as they are; it
-# could not trace an autograd.Function that calls Triton's interpreter.
+# The forward and the backward are two operators of PyTorch. torch.compile takes those as they are.
+# It could not trace an autograd.Function that calls Triton's interpreter.
 
 
 def _new_output(q, *_):  # _: what else the operator gets

@@ -9,7 +9,8 @@ The idea: **every key has a reach**. The query at position i sees the key at pos
     0 <= i - j < reach[j]
 
 This is the whole mask. An ordinary token reaches over the window. A sink reaches to the end. A
-separator reaches until `max_seps` newer ones have left the window, for at most `block_size` queries.
+separator reaches until `max_seps` newer ones have left the window, for `block_size` queries at
+most.
 
 Training texts have at most `block_size` tokens, so this last bound acts in streams only. To show it
 in six lines, the example has a block_size that is shorter than the text. It is the stream `a,b.cd`

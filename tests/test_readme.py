@@ -45,7 +45,7 @@ def test_a_rule_of_ones_own_is_a_few_lines(monkeypatch):
 
 
 def test_the_lines_for_a_model_of_ones_own_run():
-    """Streamed beyond block_size they are the definition, where sinks are seen from block_size - 1."""
+    """Streamed beyond block_size they are the definition, with sinks seen from block_size - 1."""
     ours = {}
     exec(SNIPPETS[2], ours)
     x, outputs, config = ours["x"], ours["outputs"], ours["config"]

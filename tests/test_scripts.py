@@ -397,10 +397,3 @@ def test_a_closed_standard_error_stops_nothing(data, tmp_path, stderr):
     "sample.py --ckpt {} --stream | true"])
 def test_a_closed_standard_output_ends_a_script_quietly(checkpoint, command):
     assert "Error" not in shell(f"{sys.executable} {command.format(checkpoint)}").stderr
-
-
-@pytest.mark.parametrize("script", ["train.py", "data/prepare.py"])
-def test_a_file_named_like_one_of_ours_hides_nothing(tmp_path, script):
-    for name in ("data.py", "model.py", "options.py", "tokenizer.py"):
-        (tmp_path / name).write_text("raise SystemExit(1)")
-    assert start(f"{script} --help", env=os.environ | {"PYTHONPATH": str(tmp_path)}).wait() == 0
