@@ -220,8 +220,8 @@ class GPT(nn.Module):
     def configure(self, **changes):
         """Change settings that shape no weights, like `attn`. ValueError as in GPTConfig."""
         self.config = dataclasses.replace(self.config, **changes)
-        device = self.embed_tokens.weight.device
-        self.separators = torch.tensor(self.config.separators, device=device)
+        self.separators = torch.tensor(self.config.separators,
+                                       device=self.embed_tokens.weight.device)
 
     def new_cache(self, batch_size=1):
         """An empty cache for so many texts, on the model's device and of its dtype."""
