@@ -21,7 +21,7 @@ def test_the_readme_names_options_and_files_that_exist():
             if re.match(rf"(\$ )?(python|torchrun .*) {script}", line):
                 for option in re.findall(r" (--[a-z_]+)", line.partition(script)[2]):
                     assert option in known, line
-    for name in re.findall(r"[A-Za-z0-9_/-]+\.(?:py|md|sh|svg|txt)\b", README):
+    for name in re.findall(r"(?<!--out )\b[A-Za-z0-9_/-]+\.(?:py|md|sh|svg|txt)\b", README):
         assert (ROOT / name).exists(), name
 
 
