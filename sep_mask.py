@@ -86,7 +86,8 @@ def is_kept(ids, positions, config, separators):
     For another choice of tokens, change this function; everything else follows. A token must be
     judged by its own id and position, since a cache sees a text in pieces: a rule that looks at a
     neighbour would hold in training and not in decoding. Write the rule into `definition_mask` in
-    tests/test_mask.py as well, and the whole suite checks it.
+    tests/test_mask.py as well, and the whole suite checks it: tests/test_stream.py fails for a rule
+    that looks at neighbours, while the worked example is for this rule alone.
     """
     kept = (positions < config.sinks).expand(ids.shape)
     if config.attn == "fixed":
