@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import tiny
 from test_mask import definition_mask, error, masked_attention, out_and_gradients, random_config
+from torch import library
 
 import model
 from model import GPT
@@ -90,7 +91,7 @@ def test_offsets_beyond_2_to_the_31():
 def test_torch_library_accepts_the_operator():
     tensors, layout, *_ = random_case(torch.float32, longest=20)
     q, k, v, _ = (x.transpose(1, 2).requires_grad_() for x in tensors)
-    torch.library.opcheck(_attention, (q, k, v, list(layout[:4]), layout.window, layout.sinks))
+    library.opcheck(_attention, (q, k, v, list(layout[:4]), layout.window, layout.sinks))
 
 
 def test_a_training_step_compiles_without_graph_break(monkeypatch):
