@@ -1,6 +1,6 @@
 """Attention over what a query sees: the definition, plain PyTorch by blocks, Triton.
 
-The definition is four lines, `dense_attention`. Everything after it is an optimisation of it, and
+The definition is `dense_attention`. Everything after it is an optimisation of it, and
 is tested against it. It costs T x T; what follows costs as much as there is to see, because nothing
 searches for separators: what a query sees is its window and two ranges of the far list (`SepLayout`
 in `sep_mask.py`), so sparse attention is flash attention whose loops run over ranges. And each key
