@@ -1,11 +1,11 @@
 """Attention over what a query sees: the definition, plain PyTorch by blocks, Triton.
 
-The definition is `dense_attention`. Everything after it is an optimisation of it, and
-is tested against it. It costs T x T; what follows costs as much as there is to see, because nothing
-searches for separators: what a query sees is its window and two ranges of the far list (`SepLayout`
-in `sep_mask.py`), so sparse attention is flash attention whose loops run over ranges. And each key
-is seen by one unbroken range of queries, [row, row + reach), so its gradient is flash attention's
-loop over queries.
+The definition is `dense_attention`. Everything after it is an optimisation of it, and is tested
+against it. The definition costs T x T. What follows costs as much as there is to see, because
+nothing searches for separators. What a query sees is its window and two ranges of the far list
+(`SepLayout` in `sep_mask.py`), so sparse attention is flash attention whose loops run over ranges.
+And each key is seen by one unbroken range of queries, [row, row + reach), so its gradient is flash
+attention's loop over queries.
 
 Read the Triton form when you know flash attention (arXiv 2205.14135), best beside Triton's
 fused-attention tutorial. Next: `sep_cache.py`.
