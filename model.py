@@ -82,8 +82,8 @@ def rope_cos_sin(positions, frequencies, dtype):
     angle = positions.double()[:, None] * frequencies  # (T, D / 2)
     cos = angle.cos()
     sin = angle.sin()
-    # One tensor of four parts. Two tensors of one part each, repeated, torch.compile would not
-    # store: it would compute float64 cosines for every element of q and k in every layer.
+    # One tensor of four parts, which torch.compile stores. Two tensors of two equal parts it would
+    # not store: it would compute float64 cosines for every element of q and k in every layer.
     parts = torch.cat([cos, cos, -sin, sin], dim=1)
     return parts.to(torch.promote_types(dtype, torch.float32)).chunk(2, dim=1)
 
@@ -234,7 +234,7 @@ class GPT(nn.Module):
         ids, targets (B, T) int64; cache: of `new_cache`, takes the tokens in. ValueError for a text
         beyond block_size without a cache, and for a cache of other settings than the model's.
         """
-        T = ids.shape[1]
+        _, T = ids.shape
         if cache is not None:
             require(cache.config == self.config, "the model has been configured since this cache "
                     "was made; make a new one")
@@ -248,12 +248,13 @@ class GPT(nn.Module):
         """`forward` once there is room in the cache. With a cache this is work of the device alone,
         with no number read back. So it can be compiled, or recorded as a CUDA graph."""
         config = self.config
+        _, T = ids.shape
         layout = mask = sink_cos_sin = None
         x = self.embed_tokens(ids)  # (B, T, C)
         if cache is not None:
             positions, mask = cache.advance(ids)
         else:
-            positions = torch.arange(ids.shape[1], device=ids.device)
+            positions = torch.arange(T, device=ids.device)
             layout = far_layout(ids, config, self.separators)
             if not is_modern(ids.device):
                 layout = in_blocks(layout)  # here, so that not every layer does it
@@ -275,7 +276,7 @@ class GPT(nn.Module):
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
             logits = None  # who has the loss does not need them, and they are large
         if cache is not None:
-            cache.take_in(ids.shape[1])
+            cache.take_in(T)
         return logits, loss
 
     @torch.inference_mode()

@@ -102,7 +102,7 @@ def score(model, tokenizer, file, device):
             _, loss = model(x, y, cache=cache)
             nats += loss.item() * y.numel()
             bar.update(y.numel())
-            bar.set_postfix_str(f"{nats / cache.n_tokens:.4f} nats per token")
+            bar.set_postfix_str(f"{nats / cache.n_tokens:.4f} nats per token", refresh=False)
     bar.close()
     require(cache.n_tokens, "the text to score is too short: nothing predicts its first token")
     loss = nats / cache.n_tokens

@@ -7,8 +7,7 @@
                                                   in tokens of a pretrained model's tokenizer.json
 
 Without a tokenizer, tokens are bytes. Each file is a text; one of more than about 256,000
-characters is cut into several. About the last tenth of every text is for
-validation.
+characters is cut into several. About the last tenth of every text is for validation.
 """
 import inspect
 import json

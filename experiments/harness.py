@@ -105,11 +105,13 @@ class NanoSep(TemplateLM):
 
 
 def main():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     args, sys.argv[1:] = new_parser(
         __doc__, "model", tasks="gsm8k_cot", limit=0, num_fewshot=-1, include_path="",
-        device=device, dtype="float32", separators=".,?!;:\n\r").parse_known_args()
-    attention = parse_options("", [SepConfig]) | dict(separators=args.separators)
+        device="cuda" if torch.cuda.is_available() else "cpu", dtype="float32",
+        separators="").parse_known_args()
+    attention = parse_options("", [SepConfig])
+    if args.separators:  # else the model's own
+        attention["separators"] = args.separators
     require(lm_eval, "the harness is missing: pip install lm-eval")
     model = load_model(args.model, getattr(torch, args.dtype), args.device, **attention)
     results = lm_eval.simple_evaluate(
